@@ -1,0 +1,1 @@
+"""The Python client; speaks HTTP to a node."""

@@ -1,0 +1,1 @@
+"""One running peer: composes the model, the links, the planner and the store."""

@@ -1,0 +1,36 @@
+"""A frame: one message, its place in a request, and the tensors that travel with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .messages import AnyMessage
+
+WireDType = Literal["fp32", "fp16", "bf16", "u8", "i32"]
+ITEMSIZE: Mapping[WireDType, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "u8": 1, "i32": 4}
+
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """Raw little-endian elements in C order; `len(data)` is the product of shape and itemsize."""
+
+    dtype: WireDType
+    shape: tuple[int, ...]
+    data: Buffer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frame:
+    """What a link carries: delivered whole, in order, once, or not at all.
+
+    `request` numbers a frame that wants an answer; the answer carries it as `reply_to`.
+    """
+
+    message: AnyMessage
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    request: int | None = None
+    reply_to: int | None = None

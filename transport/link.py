@@ -1,0 +1,61 @@
+"""The one interface to a peer, whatever carries the bytes.
+
+Every kind of link passes `tests/conformance/transport/test_link.py`.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Protocol
+
+from .frame import Frame
+
+
+class LinkKind(StrEnum):
+    """What carries a link, best first."""
+
+    MEMORY = "memory"
+    DIRECT = "direct"
+    MAPPED = "mapped"
+    PUNCHED = "punched"
+    RELAYED = "relayed"
+
+
+class Link(Protocol):
+    """A reliable, ordered channel of frames to one authenticated peer."""
+
+    @property
+    def peer_id(self) -> str:
+        """Whom this link leads to, proved by the handshake."""
+
+    @property
+    def kind(self) -> LinkKind:
+        """What carries it now."""
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes handed to the carrier so far, headers included."""
+
+    @property
+    def bytes_received(self) -> int:
+        """Bytes taken from the carrier so far, headers included."""
+
+    async def send(self, frame: Frame) -> None:
+        """Queue a frame; waits while the send buffer is full. Tensors are not copied: do not
+        modify them afterwards.
+
+        Raises:
+            LinkClosed, LinkBroken: the link ended; the frame may or may not have arrived.
+            FrameTooLarge: beyond a limit of the protocol; the link stays usable.
+        """
+
+    async def receive(self) -> Frame:
+        """The next frame. One task at a time may wait here.
+
+        Raises:
+            LinkClosed, LinkBroken: there will be no more.
+            ProtocolViolation: the peer sent something wrong; the link has closed itself.
+        """
+
+    async def aclose(self) -> None:
+        """Flush what was sent (bounded time), then end the link; safe to call twice."""

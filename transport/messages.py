@@ -1,0 +1,184 @@
+"""Every message that crosses a link. This page is the protocol.
+
+A frame is one message plus, for some, tensors: raw bytes that follow the header and are described
+in it. Types and bounds written here are checked when a frame is decoded (`codec.py`), so that
+whoever receives a message may rely on them. Tensors are opaque here: a dtype, a shape, bytes.
+
+Times are durations, never instants: no two clocks are compared.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from .errors import ErrorCode
+
+PROTOCOL_VERSION = 1
+
+MAX_STAGES = 64
+MAX_BLOCKS = 1024
+MAX_TOKENS = 1 << 20
+
+PeerId = Annotated[str, Meta(min_length=40, max_length=64, pattern="^[1-9A-HJ-NP-Za-km-z]+$")]
+SessionId = Annotated[str, Meta(min_length=1, max_length=64, pattern="^[0-9A-Za-z_-]+$")]
+Digest = Annotated[str, Meta(min_length=64, max_length=64, pattern="^[0-9a-f]+$")]
+StageIdx = Annotated[int, Meta(ge=0, le=MAX_STAGES)]
+BlockIdx = Annotated[int, Meta(ge=0, le=MAX_BLOCKS)]
+TokenCount = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
+Microseconds = Annotated[int, Meta(ge=0, le=1 << 42)]
+ByteCount = Annotated[int, Meta(ge=0, le=1 << 48)]
+Address = Annotated[str, Meta(min_length=3, max_length=256)]
+DType = Literal["fp32", "fp16", "bf16"]
+Codec = Literal["exact", "fp16"]
+
+
+class Message(Struct, frozen=True, tag_field="type", forbid_unknown_fields=True, kw_only=True):
+    """Base of all messages."""
+
+
+# --- the link itself ---------------------------------------------------------------------------
+
+
+class Ping(Message, tag="ping", frozen=True, kw_only=True):
+    """Heartbeat and probe; may carry a tensor of any bytes to measure bandwidth with."""
+
+
+class Pong(Message, tag="pong", frozen=True, kw_only=True):
+    """Answer to a Ping; carries no tensor."""
+
+
+class Failure(Message, tag="failure", frozen=True, kw_only=True):
+    """Answer to any request that was refused; as the last frame of a link, why it closes."""
+
+    code: ErrorCode
+
+
+class Goodbye(Message, tag="goodbye", frozen=True, kw_only=True):
+    """The sender leaves on purpose: not a fault, do not suspect it, do not dial it again now."""
+
+
+# --- membership --------------------------------------------------------------------------------
+
+
+class MemberEntry(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where a member can be reached."""
+
+    peer_id: PeerId
+    addresses: Annotated[list[Address], Meta(max_length=16)]
+    control_addresses: Annotated[list[Address], Meta(max_length=16)]
+
+
+class JoinRequest(Message, tag="join", frozen=True, kw_only=True):
+    """First and only request on a link that was opened with an invite's token."""
+
+    addresses: Annotated[list[Address], Meta(max_length=16)]
+
+
+class Welcome(Message, tag="welcome", frozen=True, kw_only=True):
+    """Answer to a JoinRequest: the swarm's secret and who is in it."""
+
+    swarm: Annotated[str, Meta(min_length=8, max_length=64)]
+    epoch: Annotated[int, Meta(ge=0, le=1 << 31)]
+    secret: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    founder: PeerId
+    members: Annotated[list[MemberEntry], Meta(max_length=256)]
+
+
+# --- store -------------------------------------------------------------------------------------
+
+
+class StoreSync(Message, tag="store", frozen=True, kw_only=True):
+    """One message of the store's anti-entropy, opaque here (`store/sync.py`)."""
+
+    body: Annotated[bytes, Meta(max_length=1 << 20)]
+
+
+class Beat(Message, tag="beat", frozen=True, kw_only=True):
+    """One signed liveness beat, opaque here (`store/awareness.py`)."""
+
+    body: Annotated[bytes, Meta(max_length=4096)]
+
+
+# --- sessions ----------------------------------------------------------------------------------
+
+
+class OpenSession(Message, tag="open", frozen=True, kw_only=True):
+    """The head asks one stage to lease KV cache for a session; answered by SessionOpened.
+
+    `previous` is the only peer whose Forward frames the stage will take, `next` the one it pushes
+    its result to; at the two ends both are the head.
+    """
+
+    session: SessionId
+    plan: Digest
+    epoch: Annotated[int, Meta(ge=0, le=1 << 31)]
+    stage_idx: StageIdx
+    n_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
+    previous: PeerId
+    next: PeerId
+    idle_timeout_s: Annotated[float, Meta(gt=0, le=3600)]
+
+
+class SessionOpened(Message, tag="opened", frozen=True, kw_only=True):
+    """The lease stands; the stage waits for the first Forward."""
+
+    session: SessionId
+
+
+class StageTrace(Struct, frozen=True, array_like=True):
+    """What one stage did for one Forward."""
+
+    compute_us: Microseconds
+    queue_us: Microseconds
+    received_bytes: ByteCount
+
+
+class Forward(Message, tag="forward", frozen=True, kw_only=True):
+    """Hidden states on their way along the pipeline; tensor "hidden" [n_tokens, hidden_size].
+
+    `stage_idx` names the receiver; one past the last stage is the head. `n_return` is how many of
+    the last rows the head wants back: 1 while decoding, 0 for every prefill chunk but the last
+    (the head then gets a Forward without a tensor, which paces it).
+    """
+
+    session: SessionId
+    epoch: Annotated[int, Meta(ge=0, le=1 << 31)]
+    stage_idx: StageIdx
+    step: Annotated[int, Meta(ge=0, le=1 << 40)]
+    position: TokenCount
+    n_return: TokenCount
+    codec: Codec = "exact"
+    trace: Annotated[list[StageTrace], Meta(max_length=MAX_STAGES)] = []
+
+
+class CloseSession(Message, tag="close", frozen=True, kw_only=True):
+    """The head is done with a session: free its lease."""
+
+    session: SessionId
+
+
+class SessionFailed(Message, tag="failed", frozen=True, kw_only=True):
+    """A stage cannot go on with a session; sent to the head."""
+
+    session: SessionId
+    stage_idx: StageIdx
+    code: ErrorCode
+
+
+AnyMessage = (
+    Ping
+    | Pong
+    | Failure
+    | Goodbye
+    | JoinRequest
+    | Welcome
+    | StoreSync
+    | Beat
+    | OpenSession
+    | SessionOpened
+    | Forward
+    | CloseSession
+    | SessionFailed
+)
