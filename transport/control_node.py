@@ -1,0 +1,398 @@
+"""The trio side of the control plane: a libp2p host and its Kademlia DHT.
+
+With `control_swarm.py` the only file that imports libp2p, which takes a second; `control.py` does
+it in the trio thread. Security is Noise over TCP inside a pre-shared key, and nothing else. What
+py-libp2p 0.8.1 does that Covey does not want is put right here, each at the place that says why.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import socket
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import trio
+import varint  # type: ignore[import-untyped]
+from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
+from libp2p.kad_dht.common import BUCKET_SIZE, PROTOCOL_ID
+from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
+from libp2p.kad_dht.pb.kademlia_pb2 import Message
+from libp2p.network.config import RetryConfig
+from libp2p.peer.id import ID
+from libp2p.peer.peerstore import PeerStore
+from libp2p.records.validator import NamespacedValidator, Validator
+from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
+from libp2p.security.noise.transport import Transport as NoiseTransport
+from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
+from libp2p.stream_muxer.yamux.yamux import Yamux
+from libp2p.tools.anyio_service import background_trio_service
+from libp2p.transport.tcp.tcp import TCP
+from libp2p.transport.upgrader import TransportUpgrader
+from libp2p.utils.varint import read_varint_prefixed_bytes_limited
+from multiaddr import Multiaddr
+
+from .control_records import (
+    ControlError,
+    PeerRecord,
+    RecordRule,
+    record_key,
+)
+from .control_swarm import (
+    DIAL_DEADLINE_S,
+    FAILURES,
+    BoundedHost,
+    BoundedSwarm,
+    connection_config,
+    each,
+    shielded,
+)
+from .identity import public_key_of
+
+ASK_DEADLINE_S = 3.0  # one question to one peer, a dial not included
+PHASE_DEADLINE_S = 6.0  # one step of a lookup; then it goes on with what it has
+FETCH_DEADLINE_S = 15.0  # all records of a discovery; then those that were found are returned
+PART_DEADLINE_S = 3.0  # saying goodbye; 0.8.1 sleeps 0.2 s for each connection, one by one
+ADDRESS_TTL_S = 24 * 3600  # libp2p's own 120 s forgets how to dial a peer that was quiet
+MAX_ANSWER_BYTES = 256 * 1024
+MAX_CANDIDATES = 256
+N_NEAR = 3  # peers asked for a record before a full lookup
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeSettings:
+    """What one node of the control plane needs to start."""
+
+    private_key: bytes  # raw Ed25519 seed, 32 bytes
+    psk: bytes  # 32 bytes, the same for all members
+    swarm: str
+    listen: tuple[str, ...]  # literal IP addresses
+    port: int  # 0: any free one, another for each address
+
+
+@asynccontextmanager
+async def open_node(settings: NodeSettings) -> AsyncIterator[ControlNode]:
+    """Listen, and take part in the DHT, until the context ends.
+
+    Raises:
+        ControlError: an address cannot be listened on.
+    """
+    _quieten()
+    for host in settings.listen:
+        _check_free(host, settings.port)
+    node = ControlNode(settings)
+    listen = [_listen_address(host, settings.port) for host in settings.listen]
+    async with node.host.run(listen_addrs=listen):
+        if len(node.swarm.listeners) != len(listen):  # libp2p is content with one of them
+            raise ControlError(f"cannot listen on all of {', '.join(settings.listen)}")
+        node.host.get_addrs()  # fills `node.addresses`, now that the ports are known
+        # It dials known peers at random, up to a hundred of them, every 30 s. Covey decides that.
+        await node.swarm.auto_connector.stop()
+        async with background_trio_service(node.dht):
+            try:
+                yield node
+            finally:
+                with shielded(PART_DEADLINE_S):
+                    await node.host.close()
+
+
+class ControlNode:
+    """One member's place in the control plane; every coroutine belongs to the trio thread."""
+
+    def __init__(self, settings: NodeSettings) -> None:
+        self.addresses: tuple[str, ...] = ()
+        """Multiaddrs that other members may dial; replaced, never changed, so any thread reads."""
+        self._rule = RecordRule(swarm=settings.swarm, now=time.time)
+        self._rendezvous = hashlib.sha256(b"covey rendezvous " + settings.swarm.encode()).digest()
+        self._advertised: tuple[float, tuple[str, ...], list[Any]] = (0.0, (), [])
+        keys = create_new_key_pair(settings.private_key)
+        self.own_id = ID.from_pubkey(keys.public_key)
+        peers = PeerStore()
+        peers.add_key_pair(self.own_id, keys)
+        self.swarm = BoundedSwarm(
+            self.own_id,
+            peers,
+            TransportUpgrader(
+                # Left to itself libp2p offers secio and plaintext as well.
+                {NOISE: NoiseTransport(keys, create_noise_key_pair().private_key)},
+                {YAMUX: Yamux},
+                negotiate_timeout=int(DIAL_DEADLINE_S),
+            ),
+            transports=[TCP()],
+            retry_config=RetryConfig(max_retries=0),
+            connection_config=connection_config(),
+            psk=settings.psk.hex(),
+        )
+        self.host = BoundedHost(
+            self.swarm,
+            negotiate_timeout=int(DIAL_DEADLINE_S),
+            addrs_factory=self._advertise,
+            disable_identify_address_discovery=True,  # a member could plant false ones
+        )
+        self.dht = KadDHT(
+            self.host,
+            DHTMode.SERVER,
+            validator=NamespacedValidator(
+                {"covey": _DhtValidator(self._rule)}, strict_validation=True
+            ),
+            validator_changed=True,  # no "pk" and "ipns", which anybody may write
+            strict_validation=True,  # else keys of other namespaces are stored unchecked
+            max_peers_per_subnet=0,  # several members behind one router are the rule here
+        )
+
+    async def bootstrap(self, addresses: Sequence[str]) -> int:
+        """Dial the peers behind `addresses` at once; the number of them that are connected now.
+
+        Each dial has DIAL_DEADLINE_S, and so has the lookup that makes us known to their peers.
+        """
+        known: dict[Any, list[Any]] = {}
+        for text in addresses:
+            try:
+                address = Multiaddr(text)
+                peer = ID.from_base58(address.value_for_protocol("p2p"))
+                public_key_of(peer.to_base58())
+            except FAILURES:
+                logger.info("ignoring an address to bootstrap from", extra={"address": text[:128]})
+                continue
+            if peer != self.own_id:
+                known.setdefault(peer, []).append(address)
+        joined: list[Any] = []
+
+        async def join(peer: Any, peer_addresses: list[Any]) -> None:
+            self.host.get_peerstore().add_addrs(peer, peer_addresses, ADDRESS_TTL_S)
+            self.swarm.forget_failure(peer)
+            try:
+                await self.swarm.dial_peer(peer)
+                await self.dht.add_peer(peer, skip_server_mode_check=True)
+                joined.append(peer)
+            except FAILURES as error:
+                logger.debug("bootstrap in vain", extra={"peer": str(peer)[-8:], "error": error})
+            finally:
+                if peer not in joined:  # or every lookup would try these addresses again
+                    self.host.get_peerstore().clear_addrs(peer)
+
+        await each(known.items(), lambda item: join(*item), at_once=max(1, len(known)))
+        if joined:
+            with trio.move_on_after(DIAL_DEADLINE_S):
+                await self.dht.peer_routing.find_closest_peers_network(self.own_id.to_bytes())
+        return len(joined)
+
+    async def announce(self, record: PeerRecord, value: bytes) -> None:
+        """Store our record at the peers closest to its key, and provide the rendezvous key.
+
+        Raises:
+            ControlError: a record of ours with a higher sequence stands there.
+        """
+        key = record_key(record.swarm, record.peer_id)
+        held = self._held(key)
+        best = self._rule.best(key, [*held, value])
+        if best is None or best[0] != len(held):
+            raise ControlError("a newer record of this node is published: use a higher sequence")
+        await self.dht.put_value(key, value)
+        await self.dht.provider_store.provide(self._rendezvous)
+
+    async def lookup(self, peer_id: str) -> PeerRecord | None:
+        """The newest record of a peer that the members closest to its key know."""
+        key = record_key(self._rule.swarm, peer_id)
+        return await self._fetch(key, await self._closest(key.encode()))
+
+    async def discover(self) -> list[PeerRecord]:
+        """The records of all members that can be found, without our own.
+
+        Candidates are the providers of the rendezvous key, of which a peer remembers 20, and
+        everyone in the routing table: the pre-shared key lets nobody else into that.
+        """
+        closest = await self._closest(self._rendezvous)
+        found = {info.peer_id for info in self.dht.provider_store.get_providers(self._rendezvous)}
+        request = Message(type=Message.MessageType.GET_PROVIDERS, key=self._rendezvous)
+
+        async def collect(peer: Any) -> None:
+            answer = await self._ask(peer, request)
+            if answer is not None:
+                found.update(ID(entry.id) for entry in answer.providerPeers[: 2 * BUCKET_SIZE])
+
+        with trio.move_on_after(PHASE_DEADLINE_S):
+            await each(closest, collect)
+        found.update(self.dht.routing_table.get_peer_ids(), self.host.get_connected_peers())
+        found.discard(self.own_id)
+        records: dict[str, PeerRecord] = {}
+
+        async def fetch(peer: Any) -> None:
+            try:
+                peer_id = peer.to_base58()
+                public_key_of(peer_id)
+            except ValueError:
+                return
+            key = record_key(self._rule.swarm, peer_id)
+            record = await self._fetch(key, self._near(key, peer)) or await self.lookup(peer_id)
+            if record is not None:
+                records[peer_id] = record
+
+        with trio.move_on_after(FETCH_DEADLINE_S):
+            await each(sorted(found, key=ID.to_bytes)[:MAX_CANDIDATES], fetch)
+        return [records[peer_id] for peer_id in sorted(records)]
+
+    async def _closest(self, key: bytes) -> list[Any]:
+        """Up to 20 peers, those closest to `key` first."""
+        closest = self.dht.routing_table.find_local_closest_peers(key, BUCKET_SIZE)
+        with trio.move_on_after(PHASE_DEADLINE_S):
+            closest = await self.dht.peer_routing.find_closest_peers_network(key, BUCKET_SIZE)
+        return list(closest)
+
+    def _near(self, key: str, owner: Any) -> list[Any]:
+        """Whom to ask first for a record: connected peers close to the key, and its owner."""
+        connected = set(self.host.get_connected_peers())
+        closest = self.dht.routing_table.find_local_closest_peers(key.encode(), BUCKET_SIZE)
+        near = [peer for peer in closest if peer in connected and peer != owner][:N_NEAR]
+        return [*near, owner] if owner in connected else near
+
+    async def _fetch(self, key: str, peers: Iterable[Any]) -> PeerRecord | None:
+        """The best record under `key` among what we hold and what `peers` answer.
+
+        `KadDHT.get_value` would answer from our own store for a day, without another look.
+        """
+        values = self._held(key)
+        request = Message(type=Message.MessageType.GET_VALUE, key=key.encode())
+
+        async def collect(peer: Any) -> None:
+            answer = await self._ask(peer, request)
+            if answer is not None and answer.HasField("record"):
+                values.append(answer.record.value)
+
+        with trio.move_on_after(PHASE_DEADLINE_S):
+            await each(peers, collect)
+        best = self._rule.best(key, values)
+        return best[1] if best else None
+
+    def _held(self, key: str) -> list[bytes]:
+        held = self.dht.value_store.get(key.encode())
+        return [held.value] if held is not None else []
+
+    async def _ask(self, peer: Any, request: Any) -> Any | None:
+        """One question of the Kademlia protocol; None if there is no good answer in time.
+
+        Our own, since `find_providers` and `get_value` answer from what is held here, and store
+        foreign provider entries with a new date, so that those of the dead would never expire.
+        """
+        if peer == self.own_id:
+            return None
+        try:
+            stream = await self.host.new_stream(peer, [PROTOCOL_ID])
+        except FAILURES:
+            self.dht.routing_table.remove_peer(peer)
+            return None
+        body = request.SerializeToString()
+        answer = Message()
+        try:
+            with trio.fail_after(ASK_DEADLINE_S):
+                await stream.write(varint.encode(len(body)) + body)
+                answer.ParseFromString(
+                    await read_varint_prefixed_bytes_limited(stream, MAX_ANSWER_BYTES)
+                )
+        except trio.TooSlowError:
+            self.swarm.give_up(peer)
+            return None
+        except FAILURES:
+            return None
+        finally:  # `reset`, for `close` would wait for the other side
+            with shielded(1.0), suppress(*FAILURES):
+                await stream.reset()
+        return answer if answer.type == request.type else None
+
+    def _advertise(self, candidates: list[Any]) -> list[Any]:
+        """Replace "any address" by those of the interfaces, looked at every 30 s at most."""
+        stale_at, texts, result = self._advertised
+        now = time.monotonic()
+        if now >= stale_at or texts != tuple(map(str, candidates)):
+            texts = tuple(map(str, candidates))
+            expanded = [address for text in texts for address in dialable(text)]
+            result = [Multiaddr(text) for text in expanded]
+            self._advertised = (now + 30.0, texts, result)
+            self.addresses = tuple(f"{text}/p2p/{self.own_id}" for text in expanded)
+        return result
+
+
+class _DhtValidator(Validator):  # type: ignore[misc]  # libp2p is not followed by mypy
+    """`RecordRule` as libp2p asks for it."""
+
+    def __init__(self, rule: RecordRule) -> None:
+        self._rule = rule
+
+    def validate(self, key: str, value: bytes) -> None:
+        self._rule.validate(key, value)
+
+    def select(self, key: str, values: list[bytes]) -> int:
+        best = self._rule.best(key, values)
+        if best is None:
+            raise ValueError("none of the values may stand under this key")
+        return best[0]
+
+
+def dialable(address: str) -> list[str]:
+    """A multiaddr /ip4|ip6/.../tcp/... that we listen on, as others may dial it.
+
+    "Any address" becomes those of the interfaces; loopback only if there is no other.
+    """
+    _, protocol, host, rest = address.split("/", 3)
+    if host not in ("0.0.0.0", "::"):  # noqa: S104 - compared, not bound
+        return [address]
+    family = socket.AF_INET if protocol == "ip4" else socket.AF_INET6
+    hosts = sorted(
+        entry.address
+        for entries in psutil.net_if_addrs().values()
+        for entry in entries
+        if entry.family == family and not entry.address.startswith(("169.254.", "fe80:"))
+    )
+    remote = [host for host in hosts if not host.startswith("127.") and host != "::1"]
+    return [f"/{protocol}/{host}/{rest}" for host in remote or hosts]
+
+
+def _listen_address(host: str, port: int) -> Any:
+    return Multiaddr(f"/{'ip6' if ':' in host else 'ip4'}/{host}/tcp/{port}")
+
+
+def _check_free(host: str, port: int) -> None:
+    """Refuse a port that another program listens on.
+
+    libp2p binds with SO_REUSEPORT, so two nodes of one user would share the port without a word
+    and each would get half of the connections.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            probe.listen(1)
+        except OSError as error:
+            in_use = error.errno == errno.EADDRINUSE
+            advice = "; stop the other program or choose another --port" if in_use else ""
+            raise ControlError(
+                f"cannot listen on {host} port {port}: {error.strerror or error}{advice}"
+            ) from error
+
+
+def _quieten() -> None:
+    """Keep libp2p's own lines off stderr, unless LIBP2P_DEBUG asked for them.
+
+    It takes its logger out of the tree and gives it no handler, so that every warning, and a
+    stranger can cause any number of them, would go to Python's handler of last resort.
+    """
+    libp2p_logger = logging.getLogger("libp2p")
+    if not libp2p_logger.handlers:
+        libp2p_logger.addHandler(logging.NullHandler())
+    logging.getLogger().addFilter(_is_not_from_libp2p)  # adding it twice does nothing
+
+
+def _is_not_from_libp2p(record: logging.LogRecord) -> bool:
+    """Refuse what `libp2p/network/connection/` logs on the root logger itself."""
+    return "libp2p" not in Path(record.pathname).parts
