@@ -1,14 +1,42 @@
-"""The `covey` command."""
+"""The `covey` command.
+
+Commands import what they need when they run, so that `covey --help` is instant.
+"""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
-from covey import __version__
+from covey import CoveyError, __version__
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+from . import ask, demo, facts, nodes
+from .render import err
+
+COMMANDS: tuple[Callable[..., None], ...] = (
+    nodes.up,
+    nodes.join,
+    ask.run,
+    ask.chat,
+    facts.plan,
+    facts.status,
+    facts.models,
+    nodes.invite,
+    nodes.stop,
+    demo.demo,
+)
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for command in COMMANDS:
+    app.command()(command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -20,12 +48,20 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True)
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Say which.")
     ] = False,
 ) -> None:
     """Run one language model over the computers you already own."""
 
 
 def main() -> None:
-    """Entry point of the console script."""
-    app()
+    """Entry point of the console script: errors that a person can act on take one line."""
+    try:
+        app()
+    except CoveyError as error:
+        err.print(f"covey: {error}", markup=False, soft_wrap=True)
+        sys.exit(1)
+    except BrokenPipeError:
+        # `covey status | head`: whoever read us has seen enough.
+        sys.stderr.close()
+        sys.exit(1)

@@ -1,0 +1,290 @@
+"""`covey up`, `join`, `invite` and `stop`: the life of a node on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import platform
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from covey.errors import CoveyError
+
+from . import options
+from .render import err, out, print_json
+
+if TYPE_CHECKING:
+    from covey.node.config import NodeConfig
+    from covey.node.runtime import Node
+
+DETACHED_START_S = 120.0  # a Raspberry Pi imports torch for half a minute
+
+Name = Annotated[str | None, typer.Option(help="What others see; this machine's name by default.")]
+Models = Annotated[
+    list[str] | None,
+    typer.Option("--model", help="Model this node can serve; may be given several times."),
+]
+Host = Annotated[str, typer.Option(help="Address that members connect to; every one by default.")]
+Port = Annotated[int, typer.Option(help="Port that members connect to; 0 takes a free one.")]
+ApiHost = Annotated[str, typer.Option(help="Address of the HTTP API; others need --api-key.")]
+ApiPort = Annotated[int, typer.Option(help="Port of the HTTP API; 0 takes a free one.")]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(help="Key that clients of the API must send.", envvar="COVEY_API_KEY"),
+]
+MaxBlocks = Annotated[
+    int | None, typer.Option(min=0, help="Most blocks to hold here; 0: only ask, never serve.")
+]
+Memory = Annotated[
+    str | None, typer.Option(help="Most memory for weights and KV cache, like 2G or 512M.")
+]
+DType = Annotated[str, typer.Option(help="fp32 is exact, bf16 takes half the memory.")]
+Threads = Annotated[
+    int,
+    typer.Option(min=1, help="Threads of the engine; give all members the same for equal text."),
+]
+Prefer = Annotated[str, typer.Option(help="What plans aim at: latency, throughput or balanced.")]
+Context = Annotated[int, typer.Option(min=16, help="Longest session to keep room for, in tokens.")]
+Mdns = Annotated[bool, typer.Option(help="Find members on the local network by themselves.")]
+Detach = Annotated[bool, typer.Option("--detach", help="Run in the background.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens to stderr.")]
+
+
+def up(
+    model: Annotated[str, typer.Argument(help="Path, short name or owner/repository.")] = "smollm2",
+    name: Name = None,
+    home: options.Home = None,
+    host: Host = "0.0.0.0",  # noqa: S104  every link is authenticated before it answers
+    port: Port = 0,
+    api_host: ApiHost = "127.0.0.1",
+    api_port: ApiPort = 8642,
+    api_key: ApiKey = None,
+    max_blocks: MaxBlocks = None,
+    memory: Memory = None,
+    dtype: DType = "fp32",
+    threads: Threads = 1,
+    prefer: Prefer = "balanced",
+    context: Context = 2048,
+    mdns: Mdns = True,
+    detach: Detach = False,
+    verbose: Verbose = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Start a swarm on this machine, or go on with the one in --home, and print an invite."""
+    if detach:
+        _detach(home, as_json=as_json)
+        return
+    config = _config(
+        home,
+        name,
+        models=(model,),
+        host=host,
+        port=port,
+        api_host=api_host,
+        api_port=api_port,
+        api_key=api_key,
+        max_blocks=max_blocks,
+        memory=memory,
+        dtype=dtype,
+        threads=threads,
+        prefer=prefer,
+        context_tokens=context,
+        mdns=mdns,
+    )
+    _run(config, invite=None, may_found=True, verbose=verbose, as_json=as_json)
+
+
+def join(
+    invite: Annotated[
+        str | None, typer.Argument(help="What `covey up` printed; not needed to come back.")
+    ] = None,
+    model: Models = None,
+    name: Name = None,
+    home: options.Home = None,
+    host: Host = "0.0.0.0",  # noqa: S104  every link is authenticated before it answers
+    port: Port = 0,
+    api_host: ApiHost = "127.0.0.1",
+    api_port: ApiPort = 8642,
+    api_key: ApiKey = None,
+    max_blocks: MaxBlocks = None,
+    memory: Memory = None,
+    dtype: DType = "fp32",
+    threads: Threads = 1,
+    prefer: Prefer = "balanced",
+    context: Context = 2048,
+    mdns: Mdns = True,
+    detach: Detach = False,
+    verbose: Verbose = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Join the swarm that INVITE is from, or come back to the one in --home."""
+    if detach:
+        _detach(home, as_json=as_json)
+        return
+    config = _config(
+        home,
+        name,
+        models=tuple(model or ("smollm2",)),
+        host=host,
+        port=port,
+        api_host=api_host,
+        api_port=api_port,
+        api_key=api_key,
+        max_blocks=max_blocks,
+        memory=memory,
+        dtype=dtype,
+        threads=threads,
+        prefer=prefer,
+        context_tokens=context,
+        mdns=mdns,
+    )
+    _run(config, invite=invite, may_found=False, verbose=verbose, as_json=as_json)
+
+
+def invite(
+    hours: Annotated[float, typer.Option(min=0.01, max=720, help="How long it is good for.")] = 24,
+    uses: Annotated[int, typer.Option(min=1, max=1000, help="How many machines it lets in.")] = 8,
+    home: options.Home = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Print a new invite to the swarm of this machine's node."""
+    from covey.client import Client
+
+    with Client(home=home) as client:
+        text = client.invite(ttl_s=hours * 3600, uses=uses)
+    if as_json:
+        print_json({"invite": text})
+    else:
+        sys.stdout.write(text + "\n")
+
+
+def stop(home: options.Home = None, as_json: options.AsJson = False) -> None:
+    """Stop this machine's node: it finishes its generations and says goodbye."""
+    from covey.client import Client
+    from covey.client.local import find_local_node
+
+    with Client(home=home) as client:
+        node = find_local_node(home)
+        client.stop()
+    if node is not None:
+        _wait_for_end(node.pid)
+    if as_json:
+        print_json({"stopped": True, "pid": node.pid if node else None})
+    else:
+        out.print("stopped")
+
+
+def _config(home: Path | None, name: str | None, *, memory: str | None, **rest: Any) -> NodeConfig:
+    from covey.node.config import NodeConfig, parse_size
+    from covey.node.home import default_home
+
+    return NodeConfig(
+        home=home or default_home(),
+        name=name or platform.node() or "node",
+        memory_bytes=None if memory is None else parse_size(memory),
+        **rest,
+    )
+
+
+def _run(
+    config: NodeConfig, *, invite: str | None, may_found: bool, verbose: bool, as_json: bool
+) -> None:
+    import uvloop
+
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    uvloop.run(_serve(config, invite=invite, may_found=may_found, as_json=as_json))
+
+
+async def _serve(config: NodeConfig, *, invite: str | None, may_found: bool, as_json: bool) -> None:
+    with err.status("starting the engine"):
+        from covey.node.runtime import running_node
+    status = err.status("joining the swarm" if invite else "opening the model")
+    status.start()
+    try:
+        async with running_node(config, invite=invite, may_found=may_found) as node:
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, _asked_to_stop, node, number)
+            status.stop()
+            _announce(node, as_json=as_json)
+            await node.wait()
+            err.print("stopping: finishing what runs (again Ctrl-C ends at once)")
+    finally:
+        status.stop()
+
+
+def _asked_to_stop(node: Node, number: signal.Signals) -> None:
+    node.request_stop()
+    asyncio.get_running_loop().remove_signal_handler(number)
+
+
+def _announce(node: Node, *, as_json: bool) -> None:
+    url = node.api.url if node.api is not None else ""
+    text = node.invite(ttl_s=24 * 3600, uses=8)
+    if as_json:
+        print_json(
+            {"invite": text, "url": url, "peer_id": node.peer_id, "home": str(node.home.path)}
+        )
+        return
+    out.print(f"node {node.config.name} ({node.peer_id[-8:]}) is up")
+    out.print(f"API  {url}/v1")
+    out.print("\nOn another machine:\n")
+    # Not through rich: it would wrap the one string that people paste.
+    sys.stdout.write(f"  covey join {text}\n\n")
+    sys.stdout.flush()
+
+
+def _detach(home: Path | None, *, as_json: bool) -> None:
+    """Start the same command again without --detach, and wait until its API is there."""
+    from covey.client.local import find_local_node
+    from covey.node.home import default_home
+
+    folder = home or default_home()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    log_path = folder / "node.log"
+    arguments = [argument for argument in sys.argv[1:] if argument != "--detach"]
+    with log_path.open("ab") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "covey.cli", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + DETACHED_START_S
+    node = None
+    with err.status("starting"):
+        while node is None or node.pid != child.pid:
+            if child.poll() is not None:
+                lines = log_path.read_text(errors="replace").strip().splitlines()
+                raise CoveyError(lines[-1] if lines else f"the node ended at once; see {log_path}")
+            if time.monotonic() > deadline:
+                raise CoveyError(f"no node within {DETACHED_START_S:g} s; see {log_path}")
+            time.sleep(0.1)
+            node = find_local_node(folder)
+    if as_json:
+        print_json({"url": node.url, "pid": node.pid, "home": str(folder)})
+    else:
+        out.print(f"node {node.pid} runs in the background, API {node.url}/v1, log {log_path}")
+
+
+def _wait_for_end(pid: int) -> None:
+    import psutil
+
+    with err.status("waiting for its generations to finish"):
+        try:
+            psutil.Process(pid).wait(timeout=60)
+        except psutil.NoSuchProcess:
+            return
+        except psutil.TimeoutExpired as error:
+            raise CoveyError(f"process {pid} still runs after a minute") from error

@@ -1,0 +1,103 @@
+"""What a node says of itself and its swarm: JSON facts for `covey status` and the metrics."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from covey import __version__
+from covey.store.schema import MemberCard
+
+if TYPE_CHECKING:
+    from .runtime import Node
+
+
+def status_facts(node: Node) -> dict[str, Any]:
+    """Identity, members, links, stages, sessions and speeds, all as of now."""
+    live = node.live_peers()
+    cards = node.views.members()
+    return {
+        "peer_id": node.peer_id,
+        "name": node.config.name,
+        "swarm": node.swarm.id,
+        "version": __version__,
+        "uptime_s": round(time.time() - node.started_at, 1),
+        "home": str(node.home.path),
+        "engine": {"kind": "torch", "dtype": node.config.dtype, "threads": node.config.threads},
+        "members": [_member(node, card, is_live=peer in live) for peer, card in cards.items()],
+        "models": _models(node),
+        "stages": _stages(node),
+        "sessions": {
+            "as_head": node.generator.n_active,
+            "as_stage": node.server.n_sessions,
+            "generated_tokens": node.generator.n_tokens,
+            "tok_per_s": node.generator.tok_per_s,
+        },
+        "discovery": {"found_by_dht": node.discovery.n_found_by_dht},
+        "store": {
+            "authors": len(node.replica.authors()),
+            "refused": {reason.value: n for reason, n in node.replica.rejected.items()},
+            "refused_beats": {reason.value: n for reason, n in node.awareness.rejected.items()},
+            "unreadable_records": len(node.views.skipped),
+        },
+    }
+
+
+def _member(node: Node, card: MemberCard, *, is_live: bool) -> dict[str, Any]:
+    peer = node.mesh.peers.get(card.peer_id)
+    link = None
+    if peer is not None:
+        link = {
+            "kind": peer.kind.value,
+            "rtt_s": peer.rtt_s,
+            "bytes_sent": peer.bytes_sent,
+            "bytes_received": peer.bytes_received,
+        }
+    return {
+        "peer_id": card.peer_id,
+        "name": card.name,
+        "is_self": card.peer_id == node.peer_id,
+        "is_live": is_live,
+        "addresses": list(card.addresses),
+        "max_blocks": card.max_blocks,
+        "memory_bytes": card.memory_bytes,
+        "version": card.version,
+        "spans": {
+            model.name: list(span)
+            for model in node.catalog
+            if (route := node.planning.route(model.digest)) is not None
+            for peer_id, span in zip(route.peers, route.spans, strict=True)
+            if peer_id == card.peer_id
+        },
+        "link": link,
+    }
+
+
+def _models(node: Node) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": entry.id,
+            "digest": entry.digest,
+            "context_length": entry.context_length,
+            "is_local": node.catalog.by_digest(entry.digest) is not None,
+            "is_ready": entry.is_ready,
+            "why_not": None if entry.is_ready else node.planning.why_not(entry.digest),
+        }
+        for entry in node.models()
+    ]
+
+
+def _stages(node: Node) -> list[dict[str, Any]]:
+    return [
+        {
+            "plan": digest,
+            "model": stage.route.plan.model_digest,
+            "stage": stage.stage_idx,
+            "span": list(stage.route.spans[stage.stage_idx]),
+            "forwards": stage.n_forwards,
+            "received_bytes": stage.received_bytes,
+            "compute_s": round(stage.compute_s, 6),
+            "kv_free_bytes": stage.leases.free_bytes,
+        }
+        for digest, stage in node.server.stages.items()
+    ]

@@ -1,0 +1,316 @@
+"""From a request to text: tokenise, open a session along the active plan, prefill, decode.
+
+What is computed, and in which chunks, equals `engine/generate.py` in one process, so the text
+does too. Prompt, tokens, embedding and output head never leave this node.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from contextlib import AbstractContextManager, aclosing
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from covey.transport.messages import StageTrace
+
+from .catalog import LocalModel
+from .engine.generate import prefill_chunks
+from .engine.tensors import HiddenStates
+from .errors import Busy, NotReady, PromptTooLong, SessionFailed
+from .model.sampling import SampledToken, Sampler, StopMatcher
+from .model.tokenizer import Tokenizer
+from .pipeline import Pipelines, PipelineSession, StepResult
+from .prompt import chat_tokens, prompt_tokens
+from .route import Route
+from .service import (
+    Delta,
+    Event,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    StageTiming,
+    Started,
+    StepTiming,
+    TokenLogprob,
+)
+from .worker import Worker
+
+T = TypeVar("T")
+
+#: Finds the model and the plan of a request, or raises UnknownModel or NotReady.
+FindRoute = Callable[[str], tuple[LocalModel, Route]]
+#: Keeps the links to these peers watched closely for as long as the context lasts.
+Hold = Callable[[Sequence[str]], AbstractContextManager[None]]
+
+
+@dataclass(slots=True)
+class _Totals:
+    """What a generation adds up; becomes its `Finished` event."""
+
+    n_stages: int
+    compute_us: list[int] = field(init=False)
+    queue_us: list[int] = field(init=False)
+    received_bytes: list[int] = field(init=False)
+    returned_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.compute_us = [0] * self.n_stages
+        self.queue_us = [0] * self.n_stages
+        self.received_bytes = [0] * self.n_stages
+
+    def add(self, result: StepResult) -> None:
+        self.returned_bytes += result.returned_bytes
+        for idx, trace in enumerate(result.trace):
+            self.compute_us[idx] += trace.compute_us
+            self.queue_us[idx] += trace.queue_us
+            self.received_bytes[idx] += trace.received_bytes
+
+
+class Generator:
+    """Runs the generations of this node as their head."""
+
+    def __init__(
+        self,
+        *,
+        find_route: FindRoute,
+        hold: Hold,
+        pipelines: Pipelines,
+        worker: Worker,
+        context_tokens: int,
+        max_sessions: int,
+    ) -> None:
+        self._find_route = find_route
+        self.hold = hold
+        self.pipelines = pipelines
+        self.worker = worker
+        self._context_tokens = context_tokens
+        self._max_sessions = max_sessions
+        self._is_refusing = False
+        self.n_active = 0
+        self.n_tokens = 0  # generated since the start
+        self.tok_per_s: float | None = None  # of the last generation that ended well
+
+    def refuse_new(self) -> None:
+        """Begin no more generations: the node is stopping."""
+        self._is_refusing = True
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """See `Service.generate`."""
+        began_at = time.perf_counter()
+        model, route = self._find_route(request.model)
+        if self._is_refusing:
+            raise NotReady(request.model, "this node is stopping")
+        if self.n_active >= self._max_sessions:
+            raise Busy(f"this node runs {self.n_active} generations, its limit")
+        self.n_active += 1
+        try:
+            prompt = await self._tokens_of(request, model.tokenizer)
+            limit = min(self._context_tokens, model.checkpoint.config.context_length)
+            if len(prompt) >= limit:
+                raise PromptTooLong(len(prompt), limit)
+            max_tokens = min(request.params.max_tokens, limit - len(prompt))
+            run = _Run(self, request, model, route, prompt, max_tokens, began_at)
+            async with aclosing(run.events()) as events:
+                async for event in events:
+                    yield event
+        finally:
+            self.n_active -= 1
+
+    async def _tokens_of(self, request: GenerationRequest, tokenizer: Tokenizer) -> list[int]:
+        # A long conversation takes many milliseconds to render and encode.
+        if request.messages is not None:
+            return await asyncio.to_thread(
+                chat_tokens, tokenizer, request.messages, request.template_kwargs
+            )
+        prompt = request.prompt_ids if request.prompt_ids is not None else request.prompt or ""
+        return await asyncio.to_thread(prompt_tokens, tokenizer, prompt)
+
+
+class _Run:
+    """One generation from its first frame to its last."""
+
+    def __init__(
+        self,
+        owner: Generator,
+        request: GenerationRequest,
+        model: LocalModel,
+        route: Route,
+        prompt: list[int],
+        max_tokens: int,
+        began_at: float,
+    ) -> None:
+        self._owner = owner
+        self._params = request.params
+        self._deadline_at = None if request.deadline_s is None else began_at + request.deadline_s
+        self._model = model
+        self._route = route
+        self._n_prompt = len(prompt)
+        self._tokens = prompt  # the journal: all that a replay needs
+        self._max_tokens = max_tokens
+        self._began_at = began_at
+        self._totals = _Totals(route.n_stages)
+
+    async def events(self) -> AsyncGenerator[Event, None]:
+        model, worker = self._model, self._owner.worker
+        head = (await worker.run(lambda: model.head)).value
+        self._sampler = Sampler(self._params, head.vocab_size)
+        session = await self._within(
+            self._owner.pipelines.open(
+                secrets.token_hex(16),
+                self._route,
+                hidden_size=model.checkpoint.config.hidden_size,
+                # The last token is never fed back, so its position needs no room.
+                n_tokens=self._n_prompt + self._max_tokens - 1,
+            )
+        )
+        try:
+            yield Started(
+                session=session.name, prompt_tokens=self._n_prompt, stages=self._route.spans
+            )
+            with self._owner.hold(self._route.peers):
+                async with aclosing(self._decode(session)) as events:
+                    async for event in events:
+                        yield event
+        finally:
+            self._owner.pipelines.close(session)
+
+    async def _decode(self, session: PipelineSession) -> AsyncGenerator[Event, None]:
+        stream, matcher = self._model.tokenizer.stream(), StopMatcher(self._params.stop)
+        result = await self._prefill(session)
+        first_at = last_at = time.perf_counter()
+        step_began_at: float | None = None
+        reason: FinishReason = "length"
+        n_generated, stopped = 0, False
+        while True:
+            is_last = n_generated + 1 == self._max_tokens
+            sampled, fed_back, head_s = await self._sample(result.hidden, is_last=is_last)
+            last_at = time.perf_counter()
+            if n_generated == 0:
+                first_at = last_at
+            if sampled.id in self._model.tokenizer.eos_ids:
+                reason = "stop"
+                break
+            self._tokens.append(sampled.id)
+            n_generated += 1
+            self._owner.n_tokens += 1
+            text, stopped = matcher.push(stream.push(sampled.id))
+            timing = None
+            if step_began_at is not None:
+                timing = _step_timing(last_at - step_began_at, result.trace, head_s)
+            yield Delta(
+                text=text, token_id=sampled.id, logprob=self._logprob(sampled), timing=timing
+            )
+            if stopped:
+                reason = "stop"
+            if stopped or fed_back is None:
+                break
+            step_began_at = time.perf_counter()
+            result = await self._within(
+                session.step(fed_back, position=len(self._tokens) - 1, n_return=1)
+            )
+            self._totals.add(result)
+        tail = ""
+        if not stopped:
+            tail, stopped = matcher.push(stream.flush())
+            tail += "" if stopped else matcher.flush()
+            reason = "stop" if stopped else reason
+        if n_generated > 1:
+            self._owner.tok_per_s = (n_generated - 1) / (last_at - first_at)
+        yield self._finished(reason, tail, n_generated, first_at, last_at)
+
+    async def _prefill(self, session: PipelineSession) -> StepResult:
+        """Send the prompt in chunks, a few in flight so that no stage waits; returns the last."""
+        head, worker = self._model.head, self._owner.worker
+        in_flight: deque[asyncio.Future[StepResult]] = deque()
+        prompt = self._tokens
+        for begin, end in prefill_chunks(len(prompt)):
+            if len(in_flight) > self._route.n_stages:
+                self._totals.add(await self._within(session.wait(in_flight.popleft())))
+            chunk = prompt[begin:end]
+            hidden = (await worker.run(lambda chunk=chunk: head.embed(chunk))).value  # type: ignore[misc]
+            n_return = 1 if end == len(prompt) else 0
+            in_flight.append(
+                await self._within(session.send(hidden, position=begin, n_return=n_return))
+            )
+        while True:
+            result = await self._within(session.wait(in_flight.popleft()))
+            self._totals.add(result)
+            if not in_flight:
+                return result
+
+    async def _sample(
+        self, hidden: HiddenStates | None, *, is_last: bool
+    ) -> tuple[SampledToken, HiddenStates | None, float]:
+        """Logits, the next token and, unless it is the last, its embedding, in one job."""
+        head, eos_ids = self._model.head, self._model.tokenizer.eos_ids
+        if hidden is None:
+            raise SessionFailed("wrong_tensor", "the last stage returned no hidden states")
+
+        def job() -> tuple[SampledToken, HiddenStates | None]:
+            sampled = self._sampler.sample(head.logits(hidden)[-1], self._tokens)
+            ends = is_last or sampled.id in eos_ids
+            return sampled, None if ends else head.embed([sampled.id])
+
+        done = await self._owner.worker.run(job)
+        return (*done.value, done.compute_s)
+
+    async def _within(self, work: Coroutine[Any, Any, T]) -> T:
+        """Wait for `work` until the request's deadline; raises SessionFailed past it."""
+        if self._deadline_at is None:
+            return await work
+        remaining = self._deadline_at - time.perf_counter()
+        try:
+            async with asyncio.timeout(remaining):
+                return await work
+        except TimeoutError as error:
+            raise SessionFailed("deadline_exceeded", "the request's deadline passed") from error
+
+    def _logprob(self, sampled: SampledToken) -> TokenLogprob | None:
+        if not self._params.logprobs:
+            return None
+        top = tuple(self._one_logprob(token, logprob) for token, logprob in sampled.top)
+        return self._one_logprob(sampled.id, sampled.logprob, top)
+
+    def _one_logprob(
+        self, token: int, logprob: float, top: tuple[TokenLogprob, ...] = ()
+    ) -> TokenLogprob:
+        data = self._model.tokenizer.piece(token)
+        text = data.decode(errors="replace") or self._model.tokenizer.token_text(token)
+        return TokenLogprob(token_id=token, text=text, data=data, logprob=logprob, top=top)
+
+    def _finished(
+        self, reason: FinishReason, text: str, n_generated: int, first_at: float, last_at: float
+    ) -> Finished:
+        totals = self._totals
+        stages = tuple(
+            StageTiming(
+                peer_id=peer_id,
+                span=span,
+                compute_s=totals.compute_us[idx] / 1e6,
+                queue_s=totals.queue_us[idx] / 1e6,
+                received_bytes=totals.received_bytes[idx],
+            )
+            for idx, (peer_id, span) in enumerate(
+                zip(self._route.peers, self._route.spans, strict=True)
+            )
+        )
+        return Finished(
+            reason=reason,
+            text=text,
+            prompt_tokens=self._n_prompt,
+            completion_tokens=n_generated,
+            cached_tokens=0,
+            ttft_s=first_at - self._began_at,
+            decode_s=last_at - first_at,
+            stages=stages,
+            returned_bytes=totals.returned_bytes,
+        )
+
+
+def _step_timing(total_s: float, trace: Sequence[StageTrace], head_s: float) -> StepTiming:
+    stages_s = sum(stage.compute_us for stage in trace) / 1e6
+    return StepTiming(total_s=total_s, stages_s=stages_s, head_s=head_s)

@@ -1,0 +1,76 @@
+"""Hidden states as they cross a link: numpy arrays in, wire tensors out, and back.
+
+The engine's arrays are float32, or uint16 holding bfloat16 bits (`engine/tensors.py`). The codec
+`exact` sends them as they are; `fp16` halves an fp32 border (KL 8e-8 on SmolLM2, DESIGN D4) and
+is refused for values that fp16 cannot hold, since infinity further down would only hide where it
+began.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from covey.transport.errors import ErrorCode, ProtocolViolation
+from covey.transport.frame import Tensor
+from covey.transport.messages import Codec
+
+from .engine.tensors import EngineDtype, HiddenStates
+from .errors import NodeError
+
+_NUMPY: Mapping[str, np.dtype[Any]] = {
+    "fp32": np.dtype("<f4"),
+    "bf16": np.dtype("<u2"),
+    "fp16": np.dtype("<f2"),
+}
+
+
+class WrongTensor(ProtocolViolation):
+    """A tensor that the session's plan does not allow; the peer that sent it is wrong."""
+
+    code = ErrorCode.WRONG_TENSOR
+
+
+class BeyondCodec(NodeError):
+    """Hidden states that the border's codec cannot carry; the session cannot go on."""
+
+    code = ErrorCode.WRONG_TENSOR
+
+
+def pack(hidden: HiddenStates, dtype: EngineDtype, codec: Codec) -> Tensor:
+    """Encode `hidden` [n_tokens, hidden_size]; no copy for `exact`, so do not modify it later.
+
+    Raises:
+        BeyondCodec: a value beyond fp16's range (65504) under the codec `fp16`.
+    """
+    hidden = hidden if hidden.flags.c_contiguous else hidden.copy()
+    if codec == "fp16" and dtype == "fp32":
+        with np.errstate(over="ignore"):
+            halved = hidden.astype(_NUMPY["fp16"])
+        if not np.isfinite(halved).all():
+            raise BeyondCodec("hidden states exceed the range of fp16")
+        return Tensor("fp16", hidden.shape, halved.data.cast("B"))
+    return Tensor(dtype, hidden.shape, hidden.data.cast("B"))
+
+
+def unpack(
+    tensor: Tensor | None, dtype: EngineDtype, codec: Codec, *, hidden_size: int, max_tokens: int
+) -> HiddenStates:
+    """Decode what `pack` made; the result is read-only when no conversion was needed.
+
+    Raises:
+        WrongTensor: missing, of another dtype or shape, or with more rows than `max_tokens`.
+    """
+    if tensor is None:
+        raise WrongTensor("a forward frame carries no hidden states")
+    expected = "fp16" if codec == "fp16" and dtype == "fp32" else dtype
+    if tensor.dtype != expected:
+        raise WrongTensor(f"hidden states are {tensor.dtype}, the plan says {expected}")
+    if len(tensor.shape) != 2 or tensor.shape[1] != hidden_size:
+        raise WrongTensor(f"hidden states have shape {tensor.shape}, not [n, {hidden_size}]")
+    if not 1 <= tensor.shape[0] <= max_tokens:
+        raise WrongTensor(f"{tensor.shape[0]} rows are outside 1 to {max_tokens}")
+    array: HiddenStates = np.frombuffer(tensor.data, _NUMPY[expected]).reshape(tensor.shape)
+    return array.astype(np.float32) if expected == "fp16" else array

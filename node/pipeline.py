@@ -1,0 +1,280 @@
+"""The head's end of a session: opens it on every stage, sends hidden states, gets them back.
+
+A `PipelineSession` knows no tokens: hidden states in, hidden states out. Whatever ends it (a
+stage that fails, a peer that is lost, a deadline) fails the step that waits, at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from covey.errors import CoveyError
+from covey.transport.errors import (
+    ErrorCode,
+    LinkTimeout,
+    ProtocolViolation,
+    RefusedByPeer,
+    TransportError,
+)
+from covey.transport.frame import Tensor
+from covey.transport.messages import (
+    CloseSession,
+    Forward,
+    OpenSession,
+    SessionFailed,
+    StageTrace,
+)
+
+from .engine.tensors import HiddenStates
+from .errors import Busy, NotReady
+from .errors import SessionFailed as Failed
+from .hidden import pack, unpack
+from .route import Route
+from .switch import Switch
+from .tasks import Tasks
+
+logger = logging.getLogger(__name__)
+
+OPEN_TIMEOUT_S = 10.0  # a stage only allocates KV cache; includes dialling it
+STEP_TIMEOUT_S = 120.0  # one prefill chunk on the slowest machine we know takes seconds
+
+#: Codes with which a stage says "not now" rather than "never".
+_BUSY = frozenset({ErrorCode.CACHE_FULL, ErrorCode.TOO_MANY_SESSIONS})
+
+
+class UnexpectedReturn(ProtocolViolation):
+    """A stage returned hidden states that nobody waits for, or of another step."""
+
+    code = ErrorCode.WRONG_POSITION
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What came back of one step."""
+
+    hidden: HiddenStates | None  # [n_return, hidden_size]
+    trace: Sequence[StageTrace]
+    returned_bytes: int
+
+
+@dataclass(slots=True)
+class _Waiting:
+    n_return: int
+    future: asyncio.Future[StepResult]
+
+
+class PipelineSession:
+    """One session along a plan's stages; made by `Pipelines.open`."""
+
+    def __init__(self, name: str, route: Route, hidden_size: int, switch: Switch) -> None:
+        self.name = name
+        self.route = route
+        self._hidden_size = hidden_size
+        self._switch = switch
+        self._next_step = 0
+        self._waiting: dict[int, _Waiting] = {}
+        self._failure: CoveyError | None = None
+
+    async def send(
+        self, hidden: HiddenStates, *, position: int, n_return: int
+    ) -> asyncio.Future[StepResult]:
+        """Send the rows [n_tokens, hidden_size] that begin at `position` to the first stage.
+
+        Returns:
+            A future of the last `n_return` rows; it fails with `Failed` if the session does.
+
+        Raises:
+            Failed: the session is over, or the first stage cannot be reached.
+        """
+        if self._failure is not None:
+            raise self._failure
+        step, self._next_step = self._next_step, self._next_step + 1
+        future: asyncio.Future[StepResult] = asyncio.get_running_loop().create_future()
+        self._waiting[step] = _Waiting(n_return, future)
+        codec = self.route.codecs[0]
+        message = Forward(
+            session=self.name,
+            epoch=self.route.epoch,
+            stage_idx=0,
+            step=step,
+            position=position,
+            n_return=n_return,
+            codec=codec,
+        )
+        tensor = pack(hidden, self.route.dtype, codec)
+        try:
+            await self._switch.send(self.route.peers[0], message, {"hidden": tensor})
+        except TransportError as error:
+            self.fail(ErrorCode.PEER_LOST, f"stage 0 on {self.route.peers[0][-8:]}: {error}")
+            future.exception()  # seen: the caller gets it from here
+            raise Failed("peer_lost", str(error)) from error
+        return future
+
+    async def step(self, hidden: HiddenStates, *, position: int, n_return: int) -> StepResult:
+        """Send and wait for the return.
+
+        Raises:
+            Failed: the session is over.
+        """
+        future = await self.send(hidden, position=position, n_return=n_return)
+        return await self.wait(future)
+
+    async def wait(self, future: asyncio.Future[StepResult]) -> StepResult:
+        """Wait for a step under the step's deadline; raises Failed."""
+        try:
+            async with asyncio.timeout(STEP_TIMEOUT_S):
+                return await future
+        except TimeoutError as error:
+            text = f"no answer within {STEP_TIMEOUT_S:g} s"
+            raise Failed(ErrorCode.DEADLINE_EXCEEDED.value, text) from error
+
+    def returned(self, sender: str, message: Forward, tensors: Mapping[str, Tensor]) -> None:
+        """Take what the last stage pushed back.
+
+        Raises:
+            UnexpectedReturn, WrongTensor: the stage is broken; nothing of it is used.
+        """
+        if sender != self.route.peers[-1] or message.epoch != self.route.epoch:
+            raise UnexpectedReturn("hidden states from outside the session's pipeline")
+        waiting = self._waiting.get(message.step)
+        if waiting is None:
+            raise UnexpectedReturn("hidden states of a step that nobody waits for")
+        if len(message.trace) != self.route.n_stages:
+            raise UnexpectedReturn("hidden states with a trace of other stages")
+        tensor = tensors.get("hidden")
+        hidden = None
+        if waiting.n_return:
+            hidden = unpack(
+                tensor,
+                self.route.dtype,
+                self.route.codecs[-1],
+                hidden_size=self._hidden_size,
+                max_tokens=waiting.n_return,
+            )
+            if len(hidden) != waiting.n_return:
+                raise UnexpectedReturn("fewer hidden states than were asked for")
+        del self._waiting[message.step]
+        if not waiting.future.done():
+            nbytes = len(tensor.data) if tensor is not None else 0
+            waiting.future.set_result(StepResult(hidden, message.trace, nbytes))
+
+    def fail(self, code: ErrorCode, detail: str) -> None:
+        """End the session for everyone who waits in it."""
+        if self._failure is None:
+            self._failure = Failed(code.value, detail)
+        for waiting in self._waiting.values():
+            if not waiting.future.done():
+                waiting.future.set_exception(self._failure)
+        self._waiting.clear()
+
+
+class Pipelines:
+    """The sessions that this node is the head of."""
+
+    def __init__(self, switch: Switch) -> None:
+        self._switch = switch
+        self._sessions: dict[str, PipelineSession] = {}
+        self._tasks = Tasks()
+        switch.on_message(SessionFailed, self._stage_failed)
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def __iter__(self) -> Iterator[PipelineSession]:
+        return iter(list(self._sessions.values()))
+
+    async def open(
+        self, name: str, route: Route, *, hidden_size: int, n_tokens: int
+    ) -> PipelineSession:
+        """Open a session on every stage at once; all or none of them keeps a lease.
+
+        Raises:
+            Busy: a stage has no room now.
+            NotReady: a stage cannot be reached or no longer serves the plan.
+        """
+        session = PipelineSession(name, route, hidden_size, self._switch)
+        self._sessions[name] = session
+        started = time.monotonic()
+        results = await asyncio.gather(
+            *(self._open_stage(session, idx, n_tokens) for idx in range(route.n_stages)),
+            return_exceptions=True,
+        )
+        errors = [result for result in results if isinstance(result, BaseException)]
+        if not errors:
+            logger.debug("session opened in %.1f ms", 1e3 * (time.monotonic() - started))
+            return session
+        self.close(session)
+        for error in errors:
+            if not isinstance(error, TransportError):
+                raise error
+        if all(isinstance(e, RefusedByPeer) and e.code in _BUSY for e in errors):
+            raise Busy("a stage has no room for another session") from errors[0]
+        model = route.plan.model_digest[:8]
+        raise NotReady(model, f"a stage did not open the session: {errors[0]}") from errors[0]
+
+    def close(self, session: PipelineSession) -> None:
+        """Forget a session and free its leases, without waiting for the stages."""
+        if self._sessions.pop(session.name, None) is None:
+            return
+        session.fail(ErrorCode.UNKNOWN_SESSION, "the session was closed")
+        for peer in session.route.peers:
+            self._tasks.spawn(self._close_stage(session.name, peer), "close session")
+
+    def take_return(self, sender: str, message: Forward, tensors: Mapping[str, Tensor]) -> bool:
+        """Hand a frame that came back to its session; False if it is not for a head here."""
+        session = self._sessions.get(message.session)
+        if session is None or message.stage_idx != session.route.n_stages:
+            return False
+        session.returned(sender, message, tensors)
+        return True
+
+    def peer_lost(self, peer_id: str) -> None:
+        """Fail the sessions that run over a peer."""
+        for session in self:
+            if peer_id in session.route.peers:
+                idx = session.route.peers.index(peer_id)
+                session.fail(
+                    ErrorCode.PEER_LOST, f"the peer of stage {idx}, {peer_id[-8:]}, was lost"
+                )
+
+    async def aclose(self) -> None:
+        """Close every session and give the stages a moment to hear of it."""
+        for session in self:
+            self.close(session)
+        await self._tasks.join(timeout_s=1.0)
+        await self._tasks.aclose()
+
+    async def _open_stage(self, session: PipelineSession, idx: int, n_tokens: int) -> None:
+        peers = session.route.peers
+        own = self._switch.own_peer_id
+        request = OpenSession(
+            session=session.name,
+            plan=session.route.digest,
+            epoch=session.route.epoch,
+            stage_idx=idx,
+            n_tokens=n_tokens,
+            previous=peers[idx - 1] if idx else own,
+            next=peers[idx + 1] if idx + 1 < len(peers) else own,
+        )
+        try:
+            async with asyncio.timeout(OPEN_TIMEOUT_S):
+                await self._switch.request(peers[idx], request, timeout_s=OPEN_TIMEOUT_S)
+        except TimeoutError as error:
+            raise LinkTimeout("open session", OPEN_TIMEOUT_S) from error
+
+    async def _close_stage(self, name: str, peer: str) -> None:
+        # A stage that cannot be told ends the session by its idle time-out.
+        with contextlib.suppress(TransportError):
+            await self._switch.send(peer, CloseSession(session=name))
+
+    def _stage_failed(self, sender: str, message: SessionFailed, _: Mapping[str, Tensor]) -> None:
+        session = self._sessions.get(message.session)
+        if session is not None and sender in session.route.peers:
+            session.fail(
+                message.code, f"stage {message.stage_idx} on {sender[-8:]} gave the session up"
+            )

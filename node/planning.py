@@ -1,0 +1,313 @@
+"""Keeps every local model's plan in step with the swarm: measure, propose, load, say ready.
+
+There is no leader. Whoever should propose follows from who is alive; which plan is active follows
+from what is replicated (`partition/activation.py`); this module only acts on the two answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from covey.partition.activation import (
+    active_plan,
+    highest_active_epoch,
+    priced,
+    should_propose,
+    should_replace,
+    valid_proposals,
+)
+from covey.partition.choose import Prefer, choose
+from covey.partition.errors import PartitionError
+from covey.partition.plan import LayerPlan, make_plan
+from covey.partition.profile import DeviceProfile, Workload
+from covey.partition.search import Candidate, pareto_front
+from covey.store.schema import Ready
+from covey.transport.peer import Peer
+
+from .catalog import LocalModel
+from .engine.lease import LeaseTable
+from .engine.torch_stage import load_stage
+from .errors import NodeError
+from .links import LinkMeter
+from .model.errors import ModelError
+from .plan_facts import plan_facts
+from .planning_state import ModelState, device_record, plan_record, read_state
+from .profiling import device_profile
+from .route import Route, UnsupportedPlan
+from .serving import LEASE_TTL_S, LoadedStage
+
+if TYPE_CHECKING:
+    from .runtime import Node
+
+logger = logging.getLogger(__name__)
+
+STEP_S = 0.5  # between looks when nothing wakes us
+MAX_LOADED = 2  # plans of one model at once: the active one and its successor
+
+
+class Planning:
+    """The plans of this node's models; `run` is its one loop."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._meter = LinkMeter(node.mesh, node.replica, node.peer_id, node.live_peers, node.clock)
+        self._devices: dict[str, DeviceProfile] = {}  # this node's own, by model digest
+        self._routes: dict[str, Route] = {}  # the active ones, by model digest
+        self._reasons: dict[str, str] = {}  # why a model has no route
+        self._failed: set[str] = set()  # plans whose stage could not be loaded here
+        self._uncovered_since: dict[str, float] = {}  # by model digest
+        self._first_seen: dict[str, float] = {}  # when a proposal came, by plan digest
+        self._woken = asyncio.Event()
+        self._is_withdrawn = False
+        node.replica.subscribe(lambda _author, _keys: self._woken.set())
+
+    def route(self, model_digest: str) -> Route | None:
+        """The active plan of a model, if it has one."""
+        return self._routes.get(model_digest)
+
+    def why_not(self, model_digest: str) -> str:
+        """Why a model has no active plan, in a phrase."""
+        if self._node.catalog.by_digest(model_digest) is None:
+            return "its file is not on this machine; give it with --model"
+        return self._reasons.get(model_digest, "the devices are being measured")
+
+    def wake(self) -> None:
+        """Look again soon: something changed."""
+        self._woken.set()
+
+    def link_up(self, _: Peer) -> None:
+        """A link came up; the meter finds it by itself."""
+        self.wake()
+
+    def withdraw(self) -> None:
+        """Take back our word that stages are ready: the node is stopping."""
+        self._is_withdrawn = True
+        replica, own = self._node.replica, self._node.peer_id
+        for author, key, _ in list(replica.items(Ready.prefix)):
+            if author == own:
+                replica.delete(key)
+
+    def facts(self, model: LocalModel, prefer: Prefer | None) -> dict[str, Any]:
+        """JSON facts for `covey plan`."""
+        state = self._state(model)
+        return plan_facts(
+            model,
+            state,
+            live=self._node.live_peers(),
+            names={peer: card.name for peer, card in self._node.views.members().items()},
+            workload=self._workload(),
+            prefer=prefer or self._node.config.prefer,
+            active=self._routes.get(model.digest),
+            why_not=self.why_not(model.digest),
+        )
+
+    async def run(self) -> None:
+        """Measure, then plan until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._meter.run())
+            group.create_task(self._plan_for_ever())
+
+    async def _plan_for_ever(self) -> None:
+        await self._publish_devices()
+        while True:
+            for model in self._node.catalog:
+                await self._step(model)
+            try:
+                async with asyncio.timeout(STEP_S):
+                    await self._woken.wait()
+            except TimeoutError:
+                continue
+            self._woken.clear()
+
+    async def _publish_devices(self) -> None:
+        node = self._node
+        for model in node.catalog:
+            manifest = model.manifest()
+            node.replica.set(manifest.key, manifest.to_value())
+            done = await node.loader.run(
+                lambda model=model: device_profile(model, node.config, node.peer_id, node.home)  # type: ignore[misc]
+            )
+            self._devices[model.digest] = done.value
+        self._publish_profiles()
+
+    def _publish_profiles(self) -> None:
+        record = device_record(self._devices)
+        self._node.replica.set(record.key, record.to_value())
+
+    def _state(self, model: LocalModel) -> ModelState:
+        return read_state(self._node.views, model.digest, model.checkpoint.config.n_blocks)
+
+    def _workload(self) -> Workload:
+        return Workload(context_tokens=self._node.config.context_tokens)
+
+    async def _step(self, model: LocalModel) -> None:
+        if self._is_withdrawn:
+            return
+        state = self._state(model)
+        live = self._node.live_peers()
+        valid = valid_proposals(state.plans, model.layout, state.devices, state.ready)
+        active = active_plan(valid, state.ready, live, model.layout, state.devices, state.links)
+        self._set_route(model, active)
+        await self._load_and_unload(model, valid, state, active, live)
+        if should_propose(
+            self._node.peer_id,
+            live,
+            pending_for_s=self._pending_for_s(valid, active, live),
+            uncovered_for_s=self._uncovered_for_s(model, active),
+        ):
+            await self._propose(model, state, active, live)
+
+    def _pending_for_s(
+        self, valid: Sequence[LayerPlan], active: LayerPlan | None, live: frozenset[str]
+    ) -> float | None:
+        """How long the newest proposal that could become active has been on its way."""
+        now = self._node.clock()
+        epoch = active.epoch if active is not None else 0
+        pending = [p.digest for p in valid if p.epoch > epoch and live.issuperset(p.peers)]
+        since = [self._first_seen.setdefault(digest, now) for digest in pending]
+        return now - max(since) if since else None
+
+    def _uncovered_for_s(self, model: LocalModel, active: LayerPlan | None) -> float | None:
+        if active is not None:
+            self._uncovered_since.pop(model.digest, None)
+            return None
+        now = self._node.clock()
+        return now - self._uncovered_since.setdefault(model.digest, now)
+
+    def _set_route(self, model: LocalModel, active: LayerPlan | None) -> None:
+        known = self._routes.get(model.digest)
+        if active is None:
+            if self._routes.pop(model.digest, None) is not None:
+                logger.warning("%s has no plan now", model.name)
+            return
+        if known is not None and known.digest == active.digest:
+            return
+        try:
+            route = Route.of(active)
+        except UnsupportedPlan as error:
+            self._reasons[model.digest] = str(error)
+            return
+        logger.info("plan of %s is active: %s", model.name, route.spans)
+        self._routes[model.digest] = route
+
+    async def _load_and_unload(
+        self,
+        model: LocalModel,
+        valid: list[LayerPlan],
+        state: ModelState,
+        active: LayerPlan | None,
+        live: frozenset[str],
+    ) -> None:
+        server, own = self._node.server, self._node.peer_id
+        epoch = active.epoch if active is not None else 0
+        wanted = [
+            plan
+            for plan in valid
+            if plan.epoch >= epoch and live.issuperset(plan.peers) and own in plan.peers
+        ][:MAX_LOADED]
+        keep = {plan.digest for plan in wanted}
+        for digest, stage in list(server.stages.items()):
+            is_ours = stage.route.plan.model_digest == model.digest
+            if is_ours and digest not in keep and not server.sessions_of(digest):
+                server.remove(digest)
+                self._unsay_ready(digest, stage.stage_idx)
+        for plan in wanted:
+            if plan.digest not in server.stages and plan.digest not in self._failed:
+                await self._load(model, plan)
+            elif plan.digest in server.stages and own not in state.ready[plan.digest]:
+                self._say_ready(server.stages[plan.digest])
+
+    async def _load(self, model: LocalModel, plan: LayerPlan) -> None:
+        node, digest = self._node, plan.digest
+        try:
+            route = Route.of(plan)
+            stage_idx = route.peers.index(node.peer_id)
+            span = route.spans[stage_idx]
+            logger.info("loading blocks %d to %d of %s", *span, model.name)
+            engine = (
+                await node.loader.run(
+                    lambda: load_stage(model.checkpoint, span, route.dtype, verify=True)
+                )
+            ).value
+        except NodeError as error:
+            logger.warning("a plan cannot run here: %s", error)
+            self._failed.add(digest)
+            return
+        except (ModelError, OSError):
+            # Its file is not what it was: stop offering the model, so that others plan anew.
+            logger.exception("%s cannot be served from here", model.name)
+            self._failed.add(digest)
+            self._devices.pop(model.digest, None)
+            self._publish_profiles()
+            return
+        budget = self._devices[model.digest].memory_bytes - engine.weight_bytes
+        leases = LeaseTable(
+            bytes_per_token=engine.kv_bytes_per_token,
+            capacity_bytes=max(budget, 0),
+            ttl_s=LEASE_TTL_S,
+        )
+        stage = LoadedStage(route, stage_idx, engine, leases)
+        node.server.add(stage)
+        self._say_ready(stage)
+
+    def _say_ready(self, stage: LoadedStage) -> None:
+        ready = Ready(plan_digest=stage.route.digest, stage_idx=stage.stage_idx, at=time.time())
+        self._node.replica.set(ready.key, ready.to_value())
+
+    def _unsay_ready(self, digest: str, stage_idx: int) -> None:
+        ready = Ready(plan_digest=digest, stage_idx=stage_idx, at=0.0)
+        if self._node.replica.get(self._node.peer_id, ready.key) is not None:
+            self._node.replica.delete(ready.key)
+
+    async def _propose(
+        self,
+        model: LocalModel,
+        state: ModelState,
+        active: LayerPlan | None,
+        live: frozenset[str],
+    ) -> None:
+        node = self._node
+        devices = [profile for peer, profile in state.devices.items() if peer in live]
+        try:
+            front = await asyncio.to_thread(
+                pareto_front, model.layout, devices, state.links, request=self._workload()
+            )
+        except PartitionError as error:
+            self._reasons[model.digest] = str(error)
+            return
+        best = choose(front, node.config.prefer)
+        self._reasons[model.digest] = "its members are loading their blocks"
+        if active is not None:
+            active_now = priced(active, model.layout, state.devices, state.links)
+            if not should_replace(active_now, best.prediction, node.config.prefer):
+                return
+        epoch = highest_active_epoch(state.plans, state.ready) + 1
+        plan = _plan_of(model, best, epoch, node.peer_id)
+        if any(known.digest == plan.digest for known in state.plans):
+            return
+        logger.info("proposing a plan of %d stages for %s", len(plan.stages), model.name)
+        self._clean_up_own(model, plan.epoch)
+        record = plan_record(plan)
+        node.replica.set(record.key, record.to_value())
+
+    def _clean_up_own(self, model: LocalModel, epoch: int) -> None:
+        """Drop our proposals that a new one of `epoch` makes pointless."""
+        for record in self._node.views.plans(model.digest):
+            is_old = record.epoch < epoch - 1 or record.epoch == epoch
+            if record.proposer == self._node.peer_id and is_old:
+                self._node.replica.delete(record.key)
+
+
+def _plan_of(model: LocalModel, best: Candidate, epoch: int, proposer: str) -> LayerPlan:
+    return make_plan(
+        best.stages,
+        best.prediction,
+        model_digest=model.digest,
+        epoch=epoch,
+        proposer=proposer,
+        dtype=model.dtype,
+    )

@@ -1,0 +1,118 @@
+"""What the replicated state says about one model: who could run what, what is proposed and ready.
+
+Pure reading: records that do not check out, or speak for somebody else, are left out here, so
+that the planner sees sound values only.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from covey.partition.errors import PartitionError
+from covey.partition.plan import LayerPlan, PlanLimits
+from covey.partition.profile import DeviceProfile, LinkProfile
+from covey.store.schema import PlanRecord, ProfileRecord
+from covey.store.views import Views
+
+MAX_PROPOSALS = 64  # per model; more is a member that floods, and the highest epochs win
+
+
+@dataclass(frozen=True, slots=True)
+class ModelState:
+    """One model in the eyes of this replica."""
+
+    devices: Mapping[str, DeviceProfile]  # by peer
+    links: tuple[LinkProfile, ...]
+    plans: tuple[LayerPlan, ...]
+    ready: Mapping[str, frozenset[str]]  # plan digest -> peers whose stage is ready
+
+
+def read_state(views: Views, model_digest: str, n_blocks: int) -> ModelState:
+    """Everything published about a model, in a fixed order."""
+    devices: dict[str, DeviceProfile] = {}
+    links: list[LinkProfile] = []
+    for entry in views.profiles():
+        if entry.record.kind == "device":
+            profile = _device_of(entry.record.value, entry.author, model_digest)
+            if profile is not None:
+                devices[entry.author] = profile
+        elif (link := _link_of(entry.record.value, entry.author)) is not None:
+            links.append(link)
+    plans: list[LayerPlan] = []
+    for record in views.plans(model_digest):
+        plan = _plan_of(record, n_blocks)
+        if plan is not None:
+            plans.append(plan)
+    plans.sort(key=lambda plan: (-plan.epoch, plan.digest))
+    plans = plans[:MAX_PROPOSALS]
+    ready = {plan.digest: _ready_peers(views, plan) for plan in plans}
+    return ModelState(devices, tuple(links), tuple(plans), ready)
+
+
+def device_record(profiles: Mapping[str, DeviceProfile]) -> ProfileRecord:
+    """This node's device profiles, by model digest, as one record."""
+    value = {digest: profile.to_value() for digest, profile in profiles.items()}
+    return ProfileRecord(kind="device", value=value)
+
+
+def link_record(profile: LinkProfile) -> ProfileRecord:
+    """One measured link as a record."""
+    return ProfileRecord(kind="link", value=profile.to_value(), peer=profile.b)
+
+
+def plan_record(plan: LayerPlan) -> PlanRecord:
+    """A proposal as a record; the plan travels in its one canonical encoding."""
+    return PlanRecord(
+        plan={"msgpack": base64.b64encode(plan.encode()).decode()},
+        digest=plan.digest,
+        model=plan.model_digest,
+        epoch=plan.epoch,
+        proposer=plan.proposer,
+    )
+
+
+def _device_of(value: Mapping[str, Any], author: str, model: str) -> DeviceProfile | None:
+    if model not in value:
+        return None
+    try:
+        profile = DeviceProfile.from_value(value[model])
+    except PartitionError:
+        return None
+    return profile if (profile.peer_id, profile.model_digest) == (author, model) else None
+
+
+def _link_of(value: Mapping[str, Any], author: str) -> LinkProfile | None:
+    try:
+        profile = LinkProfile.from_value(value)
+    except PartitionError:
+        return None
+    return profile if profile.a == author else None
+
+
+def _plan_of(record: PlanRecord, n_blocks: int) -> LayerPlan | None:
+    encoded = record.plan.get("msgpack")
+    if not isinstance(encoded, str):
+        return None
+    try:
+        data = base64.b64decode(encoded, validate=True)
+        plan = LayerPlan.decode(data, PlanLimits(n_blocks=n_blocks))
+    except (binascii.Error, PartitionError):
+        return None
+    said = (record.digest, record.model, record.epoch, record.proposer)
+    is_same = said == (plan.digest, plan.model_digest, plan.epoch, plan.proposer)
+    return plan if is_same else None
+
+
+def _ready_peers(views: Views, plan: LayerPlan) -> frozenset[str]:
+    return frozenset(
+        entry.author
+        for entry in views.ready(plan.digest)
+        if entry.record.stage_idx < len(plan.stages)
+        and any(
+            member.peer_id == entry.author for member in plan.stages[entry.record.stage_idx].members
+        )
+    )

@@ -1,0 +1,337 @@
+"""One running node: builds every part, starts them in order, and stops them in order.
+
+The order of stopping is written in `Node._stop` and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import secrets
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from typing import Any
+
+import torch
+
+from covey import __version__
+from covey.partition.choose import Prefer
+from covey.store.awareness import Awareness
+from covey.store.disk import Disk
+from covey.store.replica import Replica
+from covey.store.schema import MemberCard
+from covey.store.views import Views
+from covey.transport.control import ControlPlane
+from covey.transport.errors import TransportError
+from covey.transport.identity import Identity, verify
+from covey.transport.mesh import Mesh
+from covey.transport.messages import Forward, JoinRequest, Welcome
+from covey.transport.peer import Peer
+
+from .api.server import ApiServer
+from .catalog import Catalog, LocalModel
+from .config import NodeConfig
+from .discovery import Discovery
+from .errors import NotReady
+from .facts import status_facts
+from .generation import Generator
+from .gossip import AWARENESS_TTL_S, Gossip
+from .home import Home
+from .membership import Membership, enter, entry_of, load_invites, make_welcome, save_invites
+from .pipeline import Pipelines
+from .planning import Planning
+from .route import Route
+from .service import Event, GenerationRequest, ModelEntry
+from .serving import StageServer
+from .switch import Switch
+from .tasks import Tasks
+from .worker import Worker
+
+logger = logging.getLogger(__name__)
+
+EXPIRE_S = 1.0  # between looks at leases that ran out
+
+
+class Node:
+    """A running node; made by `running_node`. Implements `service.Service`."""
+
+    def __init__(self, config: NodeConfig, home: Home, identity: Identity, entry: Membership):
+        self.config = config
+        self.home = home
+        self.identity = identity
+        self.peer_id = identity.peer_id
+        self.swarm = entry.swarm
+        self.started_at = time.time()
+        self.stop_requested = asyncio.Event()
+        self.catalog = Catalog.open(config.models, config.dtype)
+        self.worker = Worker("covey-engine")
+        self.loader = Worker("covey-loader")
+        self.invites = load_invites(home)
+        self._disk = Disk(home.store)
+        self.replica = Replica(
+            self.peer_id,
+            swarm=self.swarm.id,
+            sign=identity.sign,
+            verify=verify,
+            is_member=self._is_allowed,
+            disk=self._disk,
+            started_ms=int(self.started_at * 1000),
+        )
+        self.views = Views(self.replica)
+        self.awareness = Awareness(
+            self.peer_id,
+            swarm=self.swarm.id,
+            sign=identity.sign,
+            verify=verify,
+            is_member=self._is_allowed,
+            ttl_s=AWARENESS_TTL_S,
+            started_ms=int(self.started_at * 1000),
+        )
+        clock = asyncio.get_running_loop().time
+        self.clock = clock
+        self.switch = Switch(self.peer_id, lambda peer_id: self.mesh.peer(peer_id))
+        self.server = StageServer(self.switch, self.worker, clock)
+        self.pipelines = Pipelines(self.switch)
+        self.switch.on_message(Forward, self._take_forward)
+        self.mesh = Mesh(
+            identity,
+            self.swarm,
+            listen=[(config.host, config.port)],
+            invites=self.invites,
+            is_allowed=self._is_allowed,
+            handler=self.switch.receive,
+            on_up=self._link_up,
+            on_down=self._link_down,
+            welcome=self._welcome,
+        )
+        rng = random.Random(secrets.randbits(64))  # noqa: S311  spreads load, guards nothing
+        self.gossip = Gossip(self.mesh, self.switch, self.replica, self.awareness, clock, rng)
+        self.control = ControlPlane(
+            private_key=identity.seed,
+            psk=self.swarm.libp2p_psk,
+            swarm=self.swarm.id,
+            listen=(config.host,),
+            mdns=config.mdns,
+        )
+        self.discovery = Discovery(
+            control=self.control,
+            mesh=self.mesh,
+            views=self.views,
+            swarm=self.swarm.id,
+            own_peer_id=self.peer_id,
+            bootstrap=[a for member in entry.known for a in member.control_addresses],
+            is_allowed=self._is_allowed,
+            rng=rng,
+        )
+        self.planning = Planning(self)
+        self.generator = Generator(
+            find_route=self._find_route,
+            hold=self._hold,
+            pipelines=self.pipelines,
+            worker=self.worker,
+            context_tokens=config.context_tokens,
+            max_sessions=config.max_sessions,
+        )
+        self._known = entry.known
+        self._tasks = Tasks()
+        self.api: ApiServer | None = None
+
+    # --- Service -----------------------------------------------------------------------------
+
+    def models(self) -> Sequence[ModelEntry]:
+        """See `Service.models`."""
+        entries = {
+            entry.record.digest: ModelEntry(
+                id=entry.record.name,
+                created=int(self.started_at),
+                digest=entry.record.digest,
+                context_length=entry.record.context_length,
+                is_ready=self.planning.route(entry.record.digest) is not None,
+            )
+            for entry in self.views.manifests()
+        }
+        return sorted(entries.values(), key=lambda entry: entry.id)
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """See `Service.generate`."""
+        return self.generator.generate(request)
+
+    def status(self) -> dict[str, Any]:
+        """See `Service.status`."""
+        return status_facts(self)
+
+    def plan(self, model: str, prefer: Prefer | None) -> dict[str, Any]:
+        """See `Service.plan`."""
+        return self.planning.facts(self.catalog.by_name(model), prefer)
+
+    def invite(self, *, ttl_s: float, uses: int) -> str:
+        """See `Service.invite`."""
+        invite = self.invites.issue(
+            swarm=self.swarm.id,
+            inviter=self.peer_id,
+            addresses=self.mesh.addresses,
+            valid_s=ttl_s,
+            uses=uses,
+            unix_time=time.time(),
+        )
+        save_invites(self.home, self.invites)
+        return str(invite)
+
+    def request_stop(self) -> None:
+        """See `Service.request_stop`."""
+        self.stop_requested.set()
+
+    # --- life --------------------------------------------------------------------------------
+
+    async def _start(self, stack: AsyncExitStack) -> None:
+        await stack.enter_async_context(self.mesh)
+        for member in self._known:
+            self.mesh.learn(member.peer_id, member.addresses)
+        await self.control.start()
+        stack.push_async_callback(self.control.aclose)
+        self._publish_card()
+        self.api = ApiServer(
+            self,
+            self.config.api_host,
+            self.config.api_port,
+            self.config.api_key,
+            control_key := secrets.token_urlsafe(32),
+        )
+        await self.api.start()
+        self.home.publish_api(self.api.url, control_key)
+        self._loops = asyncio.create_task(self._run_loops(), name="node loops")
+        self._loops.add_done_callback(lambda _: self.stop_requested.set())
+
+    async def _run_loops(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            for loop in (self.gossip.run, self.discovery.run, self.planning.run, self._expire):
+                group.create_task(loop(), name=loop.__qualname__)
+
+    async def wait(self) -> None:
+        """Until somebody asks the node to stop.
+
+        Raises:
+            ExceptionGroup: one of its loops failed, which is a bug.
+        """
+        await self.stop_requested.wait()
+        if self._loops.done():
+            self._loops.result()
+
+    async def _stop(self) -> None:
+        """Refuse new work, take back what we promised, finish or end sessions, say goodbye."""
+        self.generator.refuse_new()
+        self.server.refuse_new()
+        self.planning.withdraw()
+        if self.api is not None:
+            await self.api.stop(self.config.grace_s)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.config.grace_s):
+                await self.server.drained()
+        await self.pipelines.aclose()
+        await self.server.aclose()
+        await self.discovery.aclose()
+        await self.gossip.aclose()
+        await self.switch.aclose()
+        self._loops.cancel()
+        await asyncio.wait({self._loops})
+        await self._tasks.aclose()
+
+    def _release(self) -> None:
+        """Let go of threads and files; after this the process may end."""
+        self.worker.close()
+        self.loader.close()
+        self._disk.close()
+
+    def _publish_card(self) -> None:
+        card = MemberCard(
+            peer_id=self.peer_id,
+            name=self.config.name,
+            addresses=tuple(self.mesh.addresses[:16]),
+            control_addresses=tuple(self.control.addresses[:16]),
+            models=tuple(model.digest for model in self.catalog),
+            max_blocks=self.config.max_blocks,
+            memory_bytes=self.config.memory_bytes,
+            version=__version__,
+            started_at=self.started_at,
+        )
+        self.replica.set(card.key, card.to_value())
+
+    async def _expire(self) -> None:
+        while True:
+            await asyncio.sleep(EXPIRE_S)
+            self.server.expire()
+
+    # --- links -------------------------------------------------------------------------------
+
+    def live_peers(self) -> frozenset[str]:
+        """Members heard of lately, ourselves included."""
+        return frozenset({self.peer_id, *self.awareness.live(self.clock())})
+
+    def _is_allowed(self, peer_id: str) -> bool:
+        """Every holder of the secret is; removal comes with its own issue and asks here."""
+        return bool(peer_id)
+
+    def _link_up(self, peer: Peer) -> None:
+        self.gossip.link_up(peer.peer_id)
+        self.planning.link_up(peer)
+        self.discovery.hurry()
+
+    def _link_down(self, peer_id: str, error: TransportError) -> None:
+        logger.info("link down: %s", error, extra={"peer": peer_id[-8:]})
+        self.gossip.link_down(peer_id)
+        self.server.peer_lost(peer_id)
+        self.pipelines.peer_lost(peer_id)
+        self.planning.wake()
+
+    def _welcome(self, joiner: str, request: JoinRequest) -> Welcome:
+        logger.info("a new member joins", extra={"peer": joiner[-8:]})
+        self.mesh.learn(joiner, request.addresses)
+        save_invites(self.home, self.invites)
+        return make_welcome(self.swarm, map(entry_of, self.views.members().values()))
+
+    def _take_forward(self, sender: str, message: Forward, tensors: Any) -> None:
+        if not self.pipelines.take_return(sender, message, tensors):
+            self.server.take_forward(sender, message, tensors)
+
+    @contextmanager
+    def _hold(self, peers: Sequence[str]) -> Iterator[None]:
+        held = [peer for peer_id in peers if (peer := self.mesh.peers.get(peer_id)) is not None]
+        for peer in held:
+            peer.hold()
+        try:
+            yield
+        finally:
+            for peer in held:
+                peer.release()
+
+    def _find_route(self, name: str) -> tuple[LocalModel, Route]:
+        model = self.catalog.by_name(name)
+        route = self.planning.route(model.digest)
+        if route is None:
+            raise NotReady(name, self.planning.why_not(model.digest))
+        return model, route
+
+
+@asynccontextmanager
+async def running_node(
+    config: NodeConfig, *, invite: str | None = None, may_found: bool = False
+) -> AsyncGenerator[Node, None]:
+    """A node from its first port to its last goodbye.
+
+    Raises:
+        ConfigError, ModelError, TransportError, StoreError: it could not start; the text says why.
+    """
+    with Home(config.home) as home:
+        torch.set_num_threads(config.threads)
+        identity = Identity.load_or_create(home.identity)
+        entry = await enter(home, identity, invite=invite, may_found=may_found)
+        node = Node(config, home, identity, entry)
+        try:
+            async with AsyncExitStack() as stack:
+                await node._start(stack)
+                stack.push_async_callback(node._stop)
+                yield node
+        finally:
+            node._release()

@@ -1,0 +1,284 @@
+"""The stages that this node serves: sessions in, hidden states through, results pushed on.
+
+One task per session takes its frames in order, runs them on the worker and pushes the result to
+the next peer of the pipeline; it never goes back through the head in between. A frame that
+contradicts the session's plan ends its link, because a peer that sends one is broken or lying.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from covey.errors import CoveyError
+from covey.transport.errors import ErrorCode, ProtocolViolation, RefusedByPeer, TransportError
+from covey.transport.frame import Tensor
+from covey.transport.messages import (
+    CloseSession,
+    Forward,
+    OpenSession,
+    SessionFailed,
+    SessionOpened,
+    StageTrace,
+)
+
+from .engine.errors import CacheFull
+from .engine.lease import LeaseTable
+from .engine.stage import Stage
+from .engine.tensors import HiddenStates
+from .hidden import WrongTensor, pack, unpack
+from .route import Route
+from .switch import Switch, code_of
+from .tasks import Tasks
+from .worker import Worker
+
+logger = logging.getLogger(__name__)
+
+MAX_CHUNK_TOKENS = 1024  # rows of one Forward; heads send PREFILL_CHUNK, far below
+MAX_QUEUED_FORWARDS = 64  # per session; a head paces itself well below
+LEASE_TTL_S = 60.0  # how long the KV cache of a silent head is kept
+MAX_SESSIONS = 256  # per node: a bound on tasks, memory is bounded by the leases
+
+
+class WrongFrame(ProtocolViolation):
+    """A session frame that its plan does not allow."""
+
+    def __init__(self, code: ErrorCode, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+@dataclass(slots=True)
+class LoadedStage:
+    """One stage of one plan, in memory, with its KV-cache budget."""
+
+    route: Route
+    stage_idx: int
+    engine: Stage
+    leases: LeaseTable
+    n_forwards: int = 0
+    received_bytes: int = 0
+    compute_s: float = 0.0
+
+
+@dataclass(slots=True)
+class _Session:
+    request: OpenSession
+    head: str
+    stage: LoadedStage
+    forwards: asyncio.Queue[tuple[Forward, HiddenStates, int]]
+    position: int = 0  # of the next row, counting what is queued
+    task: asyncio.Task[None] | None = field(default=None)
+
+
+class StageServer:
+    """Every stage and session of this node."""
+
+    def __init__(self, switch: Switch, worker: Worker, clock: Callable[[], float]) -> None:
+        self._switch = switch
+        self._worker = worker
+        self._clock = clock
+        self._stages: dict[str, LoadedStage] = {}  # by plan digest
+        self._sessions: dict[str, _Session] = {}
+        self._is_refusing = False
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
+        self._tasks = Tasks()
+        switch.on_request(OpenSession, self._open)
+        switch.on_message(Forward, self.take_forward)
+        switch.on_message(CloseSession, self._close_asked)
+
+    @property
+    def stages(self) -> Mapping[str, LoadedStage]:
+        """What is loaded, by plan digest."""
+        return self._stages
+
+    @property
+    def n_sessions(self) -> int:
+        """Sessions that hold a lease here now."""
+        return len(self._sessions)
+
+    def add(self, stage: LoadedStage) -> None:
+        """Serve a stage from now on."""
+        self._stages[stage.route.digest] = stage
+
+    def sessions_of(self, plan: str) -> int:
+        """How many sessions still use a plan; an old plan is unloaded when none does."""
+        return sum(session.stage.route.digest == plan for session in self._sessions.values())
+
+    def remove(self, plan: str) -> None:
+        """Unload a stage; its sessions, if any, end with `unknown_plan`."""
+        if self._stages.pop(plan, None) is None:
+            return
+        for name, session in list(self._sessions.items()):
+            if session.stage.route.digest == plan:
+                self._end(name, ErrorCode.UNKNOWN_PLAN)
+
+    def peer_lost(self, peer_id: str) -> None:
+        """End the sessions that cannot go on without a peer."""
+        for name, session in list(self._sessions.items()):
+            if session.head == peer_id:
+                self._end(name, None)
+            elif peer_id in (session.request.previous, session.request.next):
+                self._end(name, ErrorCode.PEER_LOST)
+
+    def expire(self) -> None:
+        """End the sessions whose head has been silent for longer than it promised."""
+        for stage in self._stages.values():
+            for lease in stage.leases.expire(now=self._clock()):
+                self._end(lease.session, ErrorCode.DEADLINE_EXCEEDED)
+
+    def refuse_new(self) -> None:
+        """Take no new sessions: the node is stopping."""
+        self._is_refusing = True
+
+    async def drained(self) -> None:
+        """Until no session is left; the caller sets a deadline."""
+        await self._is_idle.wait()
+
+    async def aclose(self) -> None:
+        """End every session, telling its head."""
+        for name in list(self._sessions):
+            self._end(name, ErrorCode.SHUTTING_DOWN)
+        await self._tasks.join(timeout_s=2.0)
+        await self._tasks.aclose()
+
+    async def _open(self, head: str, request: OpenSession) -> SessionOpened:
+        stage = self._admit(request)
+        try:
+            stage.leases.grant(request.session, n_tokens=request.n_tokens, now=self._clock())
+        except CacheFull as error:
+            raise RefusedByPeer(ErrorCode.CACHE_FULL) from error
+        session = _Session(request, head, stage, asyncio.Queue(MAX_QUEUED_FORWARDS))
+        self._sessions[request.session] = session
+        self._is_idle.clear()
+        engine = stage.engine
+        try:
+            await self._worker.run(lambda: engine.open_session(request.session, request.n_tokens))
+        except BaseException:
+            self._end(request.session, None)
+            raise
+        if self._sessions.get(request.session) is not session:
+            raise RefusedByPeer(ErrorCode.PEER_LOST)  # ended while it was being opened
+        session.task = self._tasks.spawn(self._run(session), f"session {request.session}")
+        return SessionOpened(session=request.session)
+
+    def _admit(self, request: OpenSession) -> LoadedStage:
+        if self._is_refusing:
+            raise RefusedByPeer(ErrorCode.SHUTTING_DOWN)
+        stage = self._stages.get(request.plan)
+        if stage is None:
+            raise RefusedByPeer(ErrorCode.UNKNOWN_PLAN)
+        if stage.route.epoch != request.epoch or stage.stage_idx != request.stage_idx:
+            raise RefusedByPeer(ErrorCode.WRONG_EPOCH)
+        if request.session in self._sessions or len(self._sessions) >= MAX_SESSIONS:
+            raise RefusedByPeer(ErrorCode.TOO_MANY_SESSIONS)
+        return stage
+
+    def take_forward(self, sender: str, message: Forward, tensors: Mapping[str, Tensor]) -> None:
+        """Queue the hidden states of one step.
+
+        Raises:
+            WrongFrame, WrongTensor: the frame contradicts the session; nothing of it is used.
+        """
+        session = self._sessions.get(message.session)
+        if session is None:
+            # Ordinary when a session was cancelled while frames were on their way.
+            return
+        request, stage = session.request, session.stage
+        if sender != request.previous:
+            raise WrongFrame(ErrorCode.NOT_A_MEMBER, "a frame from outside the session's pipeline")
+        if message.epoch != request.epoch or message.stage_idx != request.stage_idx:
+            raise WrongFrame(ErrorCode.WRONG_EPOCH, "a frame of another epoch or stage")
+        border = stage.route.codecs[request.stage_idx]
+        tensor = tensors.get("hidden")
+        hidden = unpack(
+            tensor,
+            stage.route.dtype,
+            border,
+            hidden_size=stage.engine.hidden_size,
+            max_tokens=MAX_CHUNK_TOKENS,
+        )
+        n_tokens = hidden.shape[0]
+        if message.codec != border or message.n_return > n_tokens:
+            raise WrongTensor("a frame with another codec than the plan's, or too much to return")
+        if message.position > session.position:
+            raise WrongFrame(ErrorCode.WRONG_POSITION, "a frame beyond the session's position")
+        if message.position + n_tokens > request.n_tokens or session.forwards.full():
+            raise WrongFrame(ErrorCode.CACHE_FULL, "a frame beyond the session's lease")
+        session.position = message.position + n_tokens
+        nbytes = len(tensor.data) if tensor is not None else 0
+        session.forwards.put_nowait((message, hidden, nbytes))
+
+    def _close_asked(self, sender: str, message: CloseSession, _: Mapping[str, Tensor]) -> None:
+        session = self._sessions.get(message.session)
+        if session is not None and session.head == sender:
+            self._end(message.session, None)
+
+    async def _run(self, session: _Session) -> None:
+        name, stage = session.request.session, session.stage
+        try:
+            while True:
+                message, hidden, nbytes = await session.forwards.get()
+                stage.leases.renew(name, now=self._clock())
+                await self._step(session, message, hidden, nbytes)
+        except CoveyError as error:
+            logger.warning("session failed: %s", error, extra={"session": name})
+            lost = isinstance(error, TransportError)
+            self._end(name, ErrorCode.PEER_LOST if lost else code_of(error))
+
+    async def _step(
+        self, session: _Session, message: Forward, hidden: HiddenStates, nbytes: int
+    ) -> None:
+        stage, request = session.stage, session.request
+        engine, route = stage.engine, stage.route
+        done = await self._worker.run(
+            lambda: engine.forward(request.session, message.position, hidden)
+        )
+        is_last = request.stage_idx == route.n_stages - 1
+        result = done.value
+        if is_last:
+            result = result[len(result) - message.n_return :]
+        tensors: dict[str, Tensor] = {}
+        if len(result):
+            tensors["hidden"] = pack(result, route.dtype, route.codecs[request.stage_idx + 1])
+        trace = StageTrace(int(done.compute_s * 1e6), int(done.queue_s * 1e6), nbytes)
+        stage.n_forwards += 1
+        stage.received_bytes += nbytes
+        stage.compute_s += done.compute_s
+        onward = Forward(
+            session=message.session,
+            epoch=message.epoch,
+            stage_idx=request.stage_idx + 1,
+            step=message.step,
+            position=message.position,
+            n_return=message.n_return,
+            codec=route.codecs[request.stage_idx + 1],
+            trace=[*message.trace, trace],
+        )
+        await self._switch.send(request.next, onward, tensors)
+
+    def _end(self, name: str, code: ErrorCode | None) -> None:
+        """Forget a session and free its lease; with a code, its head is told."""
+        session = self._sessions.pop(name, None)
+        if session is None:
+            return
+        if not self._sessions:
+            self._is_idle.set()
+        session.stage.leases.release(name)
+        current = asyncio.current_task()
+        if session.task is not None and session.task is not current:
+            session.task.cancel()
+        self._tasks.spawn(self._clean_up(session, code), "end of session")
+
+    async def _clean_up(self, session: _Session, code: ErrorCode | None) -> None:
+        name, engine = session.request.session, session.stage.engine
+        if code is not None:
+            failed = SessionFailed(session=name, stage_idx=session.request.stage_idx, code=code)
+            try:
+                await self._switch.send(session.head, failed)
+            except TransportError:
+                logger.debug("the head left before its session failed", extra={"session": name})
+        await self._worker.run(lambda: engine.close_session(name))
