@@ -3,6 +3,7 @@
     TransportError
     ├── PeerUnreachable      try another address, path or replica
     ├── LinkClosed           clean, by us or by them
+    │   └── PeerLeft         the peer said goodbye: it is going away, do not dial it again now
     ├── LinkBroken           mid-frame; what was in flight may or may not have arrived
     ├── LinkTimeout          nothing came in time
     ├── AddressInUse         a person must choose another port
@@ -67,6 +68,10 @@ class LinkClosed(TransportError):
     def __init__(self, *, by_peer: bool) -> None:
         super().__init__("the peer closed the link" if by_peer else "the link is closed")
         self.by_peer = by_peer
+
+
+class PeerLeft(LinkClosed):
+    """The peer said goodbye: it leaves the swarm for now, on purpose."""
 
 
 class LinkBroken(TransportError):

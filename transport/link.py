@@ -8,6 +8,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Protocol
 
+from .errors import TransportError
 from .frame import Frame
 
 
@@ -49,6 +50,15 @@ class Link(Protocol):
             FrameTooLarge: beyond a limit of the protocol; the link stays usable.
         """
 
+    def post(self, frame: Frame) -> None:
+        """Queue a small frame without waiting: answers and heartbeats, from code that must not
+        wait. A peer that lets more than 1 MiB of them pile up loses the link.
+
+        Raises:
+            LinkClosed, LinkBroken: the link ended.
+            FrameTooLarge: beyond a limit of the protocol; the link stays usable.
+        """
+
     async def receive(self) -> Frame:
         """The next frame. One task at a time may wait here.
 
@@ -56,6 +66,9 @@ class Link(Protocol):
             LinkClosed, LinkBroken: there will be no more.
             ProtocolViolation: the peer sent something wrong; the link has closed itself.
         """
+
+    def abort(self, error: TransportError) -> None:
+        """End the link now, unflushed; `send` and `receive` raise `error` from here on."""
 
     async def aclose(self) -> None:
         """Flush what was sent (bounded time), then end the link; safe to call twice."""

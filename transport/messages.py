@@ -21,9 +21,9 @@ MAX_STAGES = 64
 MAX_BLOCKS = 1024
 MAX_TOKENS = 1 << 20
 
-PeerId = Annotated[str, Meta(min_length=40, max_length=64, pattern="^[1-9A-HJ-NP-Za-km-z]+$")]
-SessionId = Annotated[str, Meta(min_length=1, max_length=64, pattern="^[0-9A-Za-z_-]+$")]
-Digest = Annotated[str, Meta(min_length=64, max_length=64, pattern="^[0-9a-f]+$")]
+PeerId = Annotated[str, Meta(min_length=40, max_length=64, pattern=r"\A[1-9A-HJ-NP-Za-km-z]+\Z")]
+SessionId = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"\A[0-9A-Za-z_-]+\Z")]
+Digest = Annotated[str, Meta(min_length=64, max_length=64, pattern=r"\A[0-9a-f]+\Z")]
 StageIdx = Annotated[int, Meta(ge=0, le=MAX_STAGES)]
 BlockIdx = Annotated[int, Meta(ge=0, le=MAX_BLOCKS)]
 TokenCount = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
@@ -47,6 +47,14 @@ class Ping(Message, tag="ping", frozen=True, kw_only=True):
 
 class Pong(Message, tag="pong", frozen=True, kw_only=True):
     """Answer to a Ping; carries no tensor."""
+
+
+class Admitted(Message, tag="admitted", frozen=True, kw_only=True):
+    """First frame of the side that was dialled: the dialer is let in.
+
+    Needed because in TLS 1.3 the dialer's handshake is over before its certificate was judged. A
+    Failure in its place says why not; a link that closes instead was one too many.
+    """
 
 
 class Failure(Message, tag="failure", frozen=True, kw_only=True):
@@ -118,7 +126,6 @@ class OpenSession(Message, tag="open", frozen=True, kw_only=True):
     n_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
     previous: PeerId
     next: PeerId
-    idle_timeout_s: Annotated[float, Meta(gt=0, le=3600)]
 
 
 class SessionOpened(Message, tag="opened", frozen=True, kw_only=True):
@@ -170,6 +177,7 @@ class SessionFailed(Message, tag="failed", frozen=True, kw_only=True):
 AnyMessage = (
     Ping
     | Pong
+    | Admitted
     | Failure
     | Goodbye
     | JoinRequest

@@ -1,0 +1,130 @@
+"""How fast a link is on loopback: TLS 1.3 between two processes on uvloop.
+
+    python benchmarks/bench_link.py [--loop asyncio]
+
+Prints a table, and as the last line one JSON object
+`{"rows": [{"figure", "value", "target", "met"}], "missed": n}`. Needs an idle machine: with other
+work on its cores the figures say nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import uvloop
+
+from covey.transport.frame import Frame, Tensor
+from covey.transport.identity import Identity
+from covey.transport.messages import Beat, Forward
+from covey.transport.stream_link import StreamLink, open_stream_link
+from covey.transport.tls import authenticate, build_contexts
+
+SMALL_BYTES, N_SMALL = 16 << 10, 3000
+LARGE_BYTES, N_LARGE = 8 << 20, 24
+SEED = bytes(32)  # of the certificate authority: this is no secret
+LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
+    "uvloop": uvloop.new_event_loop,
+    "asyncio": asyncio.new_event_loop,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One figure of the table, and what it should be."""
+
+    figure: str
+    value: float
+    target: str
+    met: bool
+
+
+async def connect(connection: socket.socket, *, is_dialer: bool) -> StreamLink:
+    """One end of the measured link."""
+    contexts = build_contexts(SEED, Identity.generate())
+    return await open_stream_link(
+        connection,
+        context=contexts.client if is_dialer else contexts.server,
+        is_dialer=is_dialer,
+        authenticate=lambda tls: authenticate(tls, expected=None, is_allowed=lambda _: True),
+        handshake_s=5.0,
+    )
+
+
+async def echo(connection: socket.socket) -> None:
+    """The other process: return small frames whole, answer large ones with a word."""
+    link = await connect(connection, is_dialer=True)
+    for _ in range(N_SMALL):
+        await link.send(await link.receive())
+    for _ in range(N_LARGE):
+        await link.receive()
+        await link.send(Frame(message=Beat(body=b"got it")))
+    await link.receive()
+    await link.aclose()
+
+
+async def measure(connection: socket.socket) -> list[Row]:
+    """Round trips of small frames, then one way of large ones."""
+    link = await connect(connection, is_dialer=False)
+    small, large = forward(SMALL_BYTES), forward(LARGE_BYTES)
+    round_trips_us: list[float] = []
+    for _ in range(N_SMALL):
+        started = time.perf_counter()
+        await link.send(small)
+        await link.receive()
+        round_trips_us.append((time.perf_counter() - started) * 1e6)
+    speeds_mb_s: list[float] = []
+    for _ in range(N_LARGE):
+        started = time.perf_counter()
+        await link.send(large)
+        await link.receive()
+        speeds_mb_s.append(LARGE_BYTES / 1e6 / (time.perf_counter() - started))
+    await link.send(Frame(message=Beat(body=b"done")))
+    await link.aclose()
+    p50, p99 = (statistics.quantiles(round_trips_us, n=100)[i] for i in (49, 98))
+    speed = statistics.median(speeds_mb_s)
+    return [
+        Row("16 KB round trip p50, us", round(p50, 1), "<= 150", p50 <= 150),
+        Row("16 KB round trip p99, us", round(p99, 1), "<= 500", p99 <= 500),
+        Row("8 MB one way, MB/s", round(speed), ">= 500", speed >= 500),
+    ]
+
+
+def forward(nbytes: int) -> Frame:
+    """A frame as sessions send them."""
+    message = Forward(session="bench", epoch=0, stage_idx=0, step=0, position=0, n_return=1)
+    return Frame(message=message, tensors={"hidden": Tensor("u8", (nbytes,), bytes(nbytes))})
+
+
+def main() -> None:
+    """Start the other process, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--loop", choices=LOOPS, default="uvloop")
+    parser.add_argument("--echo", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    with asyncio.Runner(loop_factory=LOOPS[options.loop]) as runner:
+        if options.echo:
+            runner.run(echo(socket.create_connection(("127.0.0.1", options.echo))))
+            return
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+            command = [sys.executable, __file__, "--loop", options.loop, "--echo", str(port)]
+            with subprocess.Popen(command):
+                connection, _ = server.accept()
+                rows = runner.run(measure(connection))
+    for row in rows:
+        print(f"{row.figure:28} {row.value:>9} {row.target:>8}  {'met' if row.met else 'MISSED'}")
+    missed = sum(not row.met for row in rows)
+    print(json.dumps({"rows": [asdict(row) for row in rows], "missed": missed}))
+
+
+if __name__ == "__main__":
+    main()
