@@ -1,0 +1,158 @@
+"""What the planner knows: the layout of a model, and what devices and links were measured to do.
+
+Values only; who measures them and where they are published is not known here. Every field is
+bounds-checked when the value is made, so whatever holds one of these can compute with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import msgspec
+
+from .bounds import check_name, check_real, check_whole
+from .errors import InvalidPlan
+
+MAX_BLOCKS = 1024
+MAX_BYTES = 1 << 50  # of one block or one device: a pebibyte, far above anything edge-sized
+MAX_SECONDS = 1e4  # of one block or head step: hours per token is not a device, it is a mistake
+MIN_SECONDS = 1e-12
+MAX_RTT_S = 600.0
+MAX_LOSS = 0.95
+
+LinkKind = Literal["direct", "mapped", "punched", "relayed", "memory"]
+
+
+class Value:
+    """A frozen dataclass that travels as JSON types; mixin of the three profiles."""
+
+    __slots__ = ()
+
+    def to_value(self) -> dict[str, Any]:
+        """The fields as JSON types (tuples become lists)."""
+        value: dict[str, Any] = msgspec.to_builtins(self)
+        return value
+
+    @classmethod
+    def from_value(cls, value: object) -> Self:
+        """Rebuild from JSON types; fields of a newer version are ignored.
+
+        Raises:
+            InvalidPlan: a field is missing, of another type or out of bounds.
+        """
+        try:
+            return msgspec.convert(value, cls)
+        except msgspec.ValidationError as error:
+            raise InvalidPlan(cls.__name__, str(error)) from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelLayout(Value):
+    """What a model weighs: resident bytes of its blocks, and bytes per token."""
+
+    digest: str  # of the manifest
+    n_blocks: int
+    hidden_size: int
+    block_bytes: tuple[int, ...]  # [n_blocks], resident, so after any repacking
+    embedding_bytes: int  # on the head
+    head_bytes: int  # final norm and output head; 0 where it is tied to the embedding
+    kv_bytes_per_token_per_block: int
+    wire_bytes_per_token: int  # hidden states of one token across a border, codec `exact`
+    index_bytes_per_token: int = 0  # top-k indices that a border in front of a Shared block carries
+
+    def __post_init__(self) -> None:
+        """Check every bound."""
+        check_name("layout.digest", self.digest)
+        check_whole("layout.n_blocks", self.n_blocks, 1, MAX_BLOCKS)
+        check_whole("layout.hidden_size", self.hidden_size, 1, 1 << 20)
+        if len(self.block_bytes) != self.n_blocks:
+            raise InvalidPlan("layout.block_bytes", f"must have {self.n_blocks} entries")
+        for n_bytes in self.block_bytes:
+            check_whole("layout.block_bytes", n_bytes, 1, MAX_BYTES)
+        check_whole("layout.embedding_bytes", self.embedding_bytes, 0, MAX_BYTES)
+        check_whole("layout.head_bytes", self.head_bytes, 0, MAX_BYTES)
+        for field in (
+            "kv_bytes_per_token_per_block",
+            "wire_bytes_per_token",
+            "index_bytes_per_token",
+        ):
+            check_whole(f"layout.{field}", getattr(self, field), 0, 1 << 30)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceProfile(Value):
+    """What one member was measured to do with one model in one dtype, and what it gives."""
+
+    peer_id: str
+    model_digest: str
+    dtype: str
+    decode_s_per_block: float  # one token through one block, batch of one
+    prefill_s_per_token_per_block: float
+    head_s: float  # embedding, final norm, logits and sampling of one token
+    memory_bytes: int  # budget for weights and KV cache together
+    disk_bytes_per_s: float
+    max_blocks: int | None = None  # the owner's cap; 0 means: a head only
+    measured_at: float = 0.0  # Unix seconds, for people; the planner does not look at it
+
+    def __post_init__(self) -> None:
+        """Check every bound."""
+        check_name("device.peer_id", self.peer_id)
+        check_name("device.model_digest", self.model_digest)
+        check_name("device.dtype", self.dtype)
+        for field in ("decode_s_per_block", "prefill_s_per_token_per_block", "head_s"):
+            check_real(f"device.{field}", getattr(self, field), MIN_SECONDS, MAX_SECONDS)
+        check_whole("device.memory_bytes", self.memory_bytes, 0, MAX_BYTES)
+        check_real("device.disk_bytes_per_s", self.disk_bytes_per_s, 1.0, 1e15)
+        if self.max_blocks is not None:
+            check_whole("device.max_blocks", self.max_blocks, 0, 1 << 30)
+        check_real("device.measured_at", self.measured_at, 0.0, 1e12)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkProfile(Value):
+    """What the link from `a` to `b` was measured to do, by `a`."""
+
+    a: str
+    b: str
+    rtt_s: float
+    bandwidth_bytes_per_s: float
+    kind: LinkKind = "direct"
+    loss: float = 0.0  # share of messages that have to be sent again
+
+    def __post_init__(self) -> None:
+        """Check every bound."""
+        check_name("link.a", self.a)
+        check_name("link.b", self.b)
+        if self.a == self.b:
+            raise InvalidPlan("link.b", "must be another peer than link.a")
+        check_real("link.rtt_s", self.rtt_s, 0.0, MAX_RTT_S)
+        check_real("link.bandwidth_bytes_per_s", self.bandwidth_bytes_per_s, 1.0, 1e15)
+        check_real("link.loss", self.loss, 0.0, MAX_LOSS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload(Value):
+    """The use that a plan is made for."""
+
+    prompt_tokens: int = 128
+    context_tokens: int = 2048  # per session; what the KV cache must have room for
+    n_sessions: int = 4  # in flight at once; memory is planned for all of them
+    prefill_chunk: int = 128  # tokens; chunks of one prompt overlap across stages
+
+    def __post_init__(self) -> None:
+        """Check every bound."""
+        check_whole("workload.prompt_tokens", self.prompt_tokens, 1, 1 << 24)
+        check_whole("workload.context_tokens", self.context_tokens, 1, 1 << 24)
+        check_whole("workload.n_sessions", self.n_sessions, 1, 4096)
+        check_whole("workload.prefill_chunk", self.prefill_chunk, 1, 1 << 16)
+
+    @property
+    def n_chunks(self) -> int:
+        """Chunks that the prompt is cut into."""
+        return -(-self.prompt_tokens // self.prefill_chunk)
+
+    @property
+    def chunk_tokens(self) -> float:
+        """Mean tokens per chunk, so that all chunks together cost what the prompt costs."""
+        return self.prompt_tokens / self.n_chunks

@@ -1,0 +1,127 @@
+"""The search on questions with known answers."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+
+from covey.partition.errors import InvalidPlan, PlanInfeasible
+from covey.partition.profile import Workload
+from covey.partition.search import Front, pareto_front
+from support.plans import device, layout, link, stages
+
+
+def spans(front: Front) -> list[list[tuple[str, int, int]]]:
+    return [
+        [(stage.hub, stage.span.start, stage.span.end) for stage in point.stages]
+        for point in front.points
+    ]
+
+
+def test_one_machine_is_an_ordinary_answer() -> None:
+    far = link("fast", "slow", rtt_s=0.5)
+    devices = [device("fast"), device("slow", decode_s=0.1, prefill_s=0.1)]
+    front = pareto_front(layout(4), devices, [far], request=Workload(n_sessions=1))
+    assert spans(front) == [[("fast", 0, 4)]]
+    assert front.best_single == front.points[0]
+    assert front.exact
+
+
+def test_a_second_machine_buys_throughput_when_sessions_abound() -> None:
+    devices = [device("a"), device("b")]
+    front = pareto_front(layout(4), devices, [link("a", "b")], request=Workload(n_sessions=8))
+    assert stages(("a", 0, 2), ("b", 2, 4)) in [point.stages for point in front.points]
+
+
+def test_a_model_too_large_for_one_is_split_where_memory_says() -> None:
+    devices = [device("a", memory=300), device("b", memory=100)]
+    front = pareto_front(layout(4), devices, [link("a", "b")])
+    # b first: the head's work falls to the device with fewer blocks, which helps the throughput.
+    assert spans(front) == [[("b", 0, 1), ("a", 1, 4)]]
+    assert front.best_single is None
+    assert front.no_single_because == "no device holds all 4 blocks; a holds 3"
+
+
+def test_the_heads_weights_count_on_the_first_stage() -> None:
+    devices = [device("a", memory=300), device("b", memory=300)]
+    front = pareto_front(layout(4, head_weights=150), devices, [link("a", "b")])
+    assert {tuple(point[0]) for point in spans(front)} <= {("a", 0, 1), ("b", 0, 1)}
+
+
+def test_a_capped_device_runs_no_more_than_its_cap() -> None:
+    devices = [device("a", max_blocks=3), device("b", max_blocks=1), device("c", max_blocks=0)]
+    links = [link(one, other) for one, other in combinations("abc", 2)]
+    front = pareto_front(layout(4), devices, links)
+    assert {len(point) for point in spans(front)} == {2}
+    assert {stage[0] for point in spans(front) for stage in point} == {"a", "b"}
+
+
+def test_a_given_head_is_kept_though_it_runs_no_block() -> None:
+    devices = [device("head", max_blocks=0), device("a")]
+    front = pareto_front(layout(4), devices, [link("head", "a")], head="head")
+    assert spans(front) == [[("a", 0, 4)]]
+    assert front.points[0].prediction.tpot_s == pytest.approx(0.04 + 0.001 + 2 * 0.002)
+
+
+def test_a_slow_link_is_left_out() -> None:
+    devices = [device(name, memory=200) for name in "abc"]
+    links = [link("a", "b", rtt_s=1.0), link("a", "c"), link("b", "c")]
+    front = pareto_front(layout(4), devices, links)
+    assert all({stage[0] for stage in point} != {"a", "b"} for point in spans(front))
+
+
+def test_a_cut_in_front_of_a_full_block_is_preferred() -> None:
+    heavy = layout(4, index_bytes=100_000)
+    devices = [device("a", memory=300), device("b", memory=300)]
+    front = pareto_front(
+        heavy, devices, [link("a", "b")], request=Workload(n_sessions=1), index_pattern="FSSF"
+    )
+    assert {point[0][2] for point in spans(front)} == {3}
+
+
+def test_missing_blocks_and_bytes_are_told() -> None:
+    with pytest.raises(PlanInfeasible, match="hold 3 of 4 blocks") as caught:
+        pareto_front(layout(4), [device("a", memory=250), device("b", memory=100)], [])
+    assert (caught.value.missing_blocks, caught.value.missing_bytes) == (1, 100)
+
+
+def test_missing_links_are_told() -> None:
+    with pytest.raises(PlanInfeasible, match="no chain of linked devices") as caught:
+        pareto_front(layout(4), [device("a", memory=200), device("b", memory=200)], [])
+    assert (caught.value.missing_blocks, caught.value.missing_bytes) == (0, 0)
+
+
+def test_no_device_at_all_is_told() -> None:
+    with pytest.raises(PlanInfeasible) as caught:
+        pareto_front(layout(4), [], [])
+    assert caught.value.missing_blocks == 4
+
+
+def test_a_doubled_or_foreign_profile_is_refused() -> None:
+    with pytest.raises(InvalidPlan):
+        pareto_front(layout(4), [device("a"), device("a")], [])
+    with pytest.raises(InvalidPlan):
+        pareto_front(layout(4), [device("a")], [], head="b")
+    with pytest.raises(InvalidPlan):
+        pareto_front(layout(4), [device("a")], [], codec="zip")
+
+
+def test_many_devices_are_searched_within_bounds_and_it_is_said() -> None:
+    names = [f"p{i:02}" for i in range(20)]
+    devices = [device(name, decode_s=0.01 + 0.0007 * i, memory=500) for i, name in enumerate(names)]
+    links = [
+        link(one, other, rtt_s=0.001 * (1 + (ord(one[2]) * ord(other[1])) % 5))
+        for one, other in combinations(names, 2)
+    ]
+    front = pareto_front(layout(12), devices, links)
+    assert not front.exact
+    for point in front.points:
+        assert point.stages[-1].span.end == 12
+
+
+def test_more_devices_than_are_considered_still_give_a_front() -> None:
+    devices = [device(f"p{i:02}", decode_s=0.01 + i * 1e-4) for i in range(70)]
+    front = pareto_front(layout(2), devices, [])
+    assert spans(front) == [[("p00", 0, 2)]]
+    assert not front.exact
