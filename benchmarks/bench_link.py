@@ -2,25 +2,22 @@
 
     python benchmarks/bench_link.py [--loop asyncio]
 
-Prints a table, and as the last line one JSON object
-`{"rows": [{"figure", "value", "target", "met"}], "missed": n}`. Needs an idle machine: with other
-work on its cores the figures say nothing.
+Needs an idle machine: with other work on its cores the figures say nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import socket
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 
 import uvloop
+from rows import Row, report
 
 from covey.transport.frame import Frame, Tensor
 from covey.transport.identity import Identity
@@ -35,16 +32,6 @@ LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "uvloop": uvloop.new_event_loop,
     "asyncio": asyncio.new_event_loop,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One figure of the table, and what it should be."""
-
-    figure: str
-    value: float
-    target: str
-    met: bool
 
 
 async def connect(connection: socket.socket, *, is_dialer: bool) -> StreamLink:
@@ -92,9 +79,9 @@ async def measure(connection: socket.socket) -> list[Row]:
     p50, p99 = (statistics.quantiles(round_trips_us, n=100)[i] for i in (49, 98))
     speed = statistics.median(speeds_mb_s)
     return [
-        Row("16 KB round trip p50, us", round(p50, 1), "<= 150", p50 <= 150),
-        Row("16 KB round trip p99, us", round(p99, 1), "<= 500", p99 <= 500),
-        Row("8 MB one way, MB/s", round(speed), ">= 500", speed >= 500),
+        Row("16 KB frame, round trip p50, us", p50, 150),
+        Row("  99th percentile, us", p99),
+        Row("8 MB frame, one way, MB/s", speed, 500, "at least"),
     ]
 
 
@@ -104,26 +91,30 @@ def forward(nbytes: int) -> Frame:
     return Frame(message=message, tensors={"hidden": Tensor("u8", (nbytes,), bytes(nbytes))})
 
 
+def link_rows(loop: str = "uvloop") -> list[Row]:
+    """Start the other process and measure."""
+    with (
+        asyncio.Runner(loop_factory=LOOPS[loop]) as runner,
+        socket.create_server(("127.0.0.1", 0)) as server,
+    ):
+        port = server.getsockname()[1]
+        command = [sys.executable, __file__, "--loop", loop, "--echo", str(port)]
+        with subprocess.Popen(command):
+            connection, _ = server.accept()
+            return runner.run(measure(connection))
+
+
 def main() -> None:
-    """Start the other process, measure, print."""
+    """Be the other process, or measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--loop", choices=LOOPS, default="uvloop")
     parser.add_argument("--echo", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    with asyncio.Runner(loop_factory=LOOPS[options.loop]) as runner:
-        if options.echo:
+    if options.echo:
+        with asyncio.Runner(loop_factory=LOOPS[options.loop]) as runner:
             runner.run(echo(socket.create_connection(("127.0.0.1", options.echo))))
-            return
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-            command = [sys.executable, __file__, "--loop", options.loop, "--echo", str(port)]
-            with subprocess.Popen(command):
-                connection, _ = server.accept()
-                rows = runner.run(measure(connection))
-    for row in rows:
-        print(f"{row.figure:28} {row.value:>9} {row.target:>8}  {'met' if row.met else 'MISSED'}")
-    missed = sum(not row.met for row in rows)
-    print(json.dumps({"rows": [asdict(row) for row in rows], "missed": missed}))
+        return
+    report(link_rows(options.loop))
 
 
 if __name__ == "__main__":

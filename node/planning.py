@@ -23,8 +23,8 @@ from covey.partition.activation import (
 from covey.partition.choose import Prefer, choose
 from covey.partition.errors import PartitionError
 from covey.partition.plan import LayerPlan, make_plan
-from covey.partition.profile import DeviceProfile, Workload
-from covey.partition.search import Candidate, pareto_front
+from covey.partition.profile import DeviceProfile, LinkProfile, ModelLayout, Workload
+from covey.partition.search import Candidate, Front, pareto_front
 from covey.store.schema import Ready
 from covey.transport.peer import Peer
 
@@ -60,6 +60,7 @@ class Planning:
         self._reasons: dict[str, str] = {}  # why a model has no route
         self._failed: set[str] = set()  # plans whose stage could not be loaded here
         self._uncovered_since: dict[str, float] = {}  # by model digest
+        self._fronts: dict[str, tuple[object, Front | PartitionError]] = {}
         self._first_seen: dict[str, float] = {}  # when a proposal came, by plan digest
         self._woken = asyncio.Event()
         self._is_withdrawn = False
@@ -271,11 +272,8 @@ class Planning:
         live: frozenset[str],
     ) -> None:
         node = self._node
-        devices = [profile for peer, profile in state.devices.items() if peer in live]
         try:
-            front = await asyncio.to_thread(
-                pareto_front, model.layout, devices, state.links, request=self._workload()
-            )
+            front = await self._front(model, state, live)
         except PartitionError as error:
             self._reasons[model.digest] = str(error)
             return
@@ -294,12 +292,41 @@ class Planning:
         record = plan_record(plan)
         node.replica.set(record.key, record.to_value())
 
+    async def _front(self, model: LocalModel, state: ModelState, live: frozenset[str]) -> Front:
+        """The front by the profiles of now; computed anew only when they change.
+
+        Raises:
+            PartitionError: no plan is possible.
+        """
+        devices = tuple(profile for peer, profile in state.devices.items() if peer in live)
+        inputs = (devices, state.links)
+        known = self._fronts.get(model.digest)
+        if known is None or known[0] != inputs:
+            front = await asyncio.to_thread(_search, model.layout, *inputs, self._workload())
+            known = self._fronts[model.digest] = (inputs, front)
+        if isinstance(known[1], PartitionError):
+            raise known[1]
+        return known[1]
+
     def _clean_up_own(self, model: LocalModel, epoch: int) -> None:
         """Drop our proposals that a new one of `epoch` makes pointless."""
         for record in self._node.views.plans(model.digest):
             is_old = record.epoch < epoch - 1 or record.epoch == epoch
             if record.proposer == self._node.peer_id and is_old:
                 self._node.replica.delete(record.key)
+
+
+def _search(
+    layout: ModelLayout,
+    devices: Sequence[DeviceProfile],
+    links: Sequence[LinkProfile],
+    workload: Workload,
+) -> Front | PartitionError:
+    """The front, or why there is none: both are worth remembering."""
+    try:
+        return pareto_front(layout, devices, links, request=workload)
+    except PartitionError as error:
+        return error
 
 
 def _plan_of(model: LocalModel, best: Candidate, epoch: int, proposer: str) -> LayerPlan:

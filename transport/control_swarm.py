@@ -62,7 +62,7 @@ class BoundedSwarm(Swarm):  # type: ignore[misc]  # libp2p is not followed by my
         Raises:
             SwarmException: no address is known or worked, or none did a moment ago.
         """
-        while event := self._dialling.get(peer_id):
+        while (event := self._dialling.get(peer_id)) is not None:  # a trio.Event has no truth
             await event.wait()
         if open_now := [conn for conn in self.get_connections(peer_id) if not conn.is_closed]:
             return open_now

@@ -68,6 +68,11 @@ async def test_members_that_know_one_find_all() -> None:
     assert not covey_threads()
 
 
+async def test_dials_of_one_peer_at_once_share_a_connection() -> None:
+    async with plane(1) as first, plane(2) as second:
+        assert await asyncio.gather(*(second.bootstrap(first.addresses) for _ in range(3))) == [1, 1, 1]
+
+
 async def test_the_first_member_may_leave() -> None:
     async with swarm_of(3) as (first, second, third):
         await second.discover()
