@@ -70,7 +70,8 @@ async def test_members_that_know_one_find_all() -> None:
 
 async def test_dials_of_one_peer_at_once_share_a_connection() -> None:
     async with plane(1) as first, plane(2) as second:
-        assert await asyncio.gather(*(second.bootstrap(first.addresses) for _ in range(3))) == [1, 1, 1]
+        dials = [second.bootstrap(first.addresses) for _ in range(3)]
+        assert await asyncio.gather(*dials) == [1, 1, 1]
 
 
 async def test_the_first_member_may_leave() -> None:
