@@ -40,7 +40,7 @@ lab: $(READY)
 	$(BIN)/python -m testbed
 
 bench-pipeline: $(READY)
-	$(BIN)/python benchmarks/bench_pipeline.py
+	$(BIN)/python -m benchmarks.bench_pipeline
 
 build: $(READY)
 	rm -rf dist

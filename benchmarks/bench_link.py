@@ -1,6 +1,6 @@
 """How fast a link is on loopback: TLS 1.3 between two processes on uvloop.
 
-    python benchmarks/bench_link.py [--loop asyncio]
+    python -m benchmarks.bench_link [--loop asyncio]
 
 Needs an idle machine: with other work on its cores the figures say nothing.
 """
@@ -17,13 +17,14 @@ import time
 from collections.abc import Callable
 
 import uvloop
-from rows import Row, report
 
 from covey.transport.frame import Frame, Tensor
 from covey.transport.identity import Identity
 from covey.transport.messages import Beat, Forward
 from covey.transport.stream_link import StreamLink, open_stream_link
 from covey.transport.tls import authenticate, build_contexts
+
+from .rows import Row, report
 
 SMALL_BYTES, N_SMALL = 16 << 10, 3000
 LARGE_BYTES, N_LARGE = 8 << 20, 24
@@ -98,7 +99,15 @@ def link_rows(loop: str = "uvloop") -> list[Row]:
         socket.create_server(("127.0.0.1", 0)) as server,
     ):
         port = server.getsockname()[1]
-        command = [sys.executable, __file__, "--loop", loop, "--echo", str(port)]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.bench_link",
+            "--loop",
+            loop,
+            "--echo",
+            str(port),
+        ]
         with subprocess.Popen(command):
             connection, _ = server.accept()
             return runner.run(measure(connection))

@@ -23,8 +23,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import uvloop
-from bench_link import link_rows
-from rows import Row, report
 
 from covey.node.alone import load_alone
 from covey.node.catalog import LocalModel
@@ -35,6 +33,9 @@ from covey.node.model.sampling import SamplingParams
 from covey.node.prompt import prompt_tokens
 from covey.node.runtime import Node, running_node
 from covey.node.service import Delta, GenerationRequest, StepTiming
+
+from .bench_link import link_rows
+from .rows import Row, report
 
 N_TOKENS = 256
 N_ROUNDS = 3

@@ -1,0 +1,1 @@
+"""One command per figure that the README quotes; see `LOG.md` for what was measured when."""
