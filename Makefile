@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: setup demo test lint format lab build bench-pipeline clean
+.PHONY: setup demo test lint format fuzz lab build bench-pipeline clean
 
 setup: $(READY)
 
@@ -35,6 +35,13 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Coverage-guided fuzzing of what reads hostile bytes, a minute for each decoder.
+fuzz: $(READY)
+	$(BIN)/python -m pip install -q --group fuzz
+	cd $(VENV) && for target in frame envelope gguf; do \
+	    bin/python ../tests/fuzz/fuzz.py $$target -max_total_time=60 -verbosity=0 || exit 1; \
+	done
 
 lab: $(READY)
 	$(BIN)/python -m testbed
