@@ -31,6 +31,26 @@ BEAT_S = 1.0
 AWARENESS_TTL_S = 5.0  # five beats: one lost or late beat is not a death
 HELLO_S = 10.0  # to one neighbour, in case a hello was lost
 QUIET_S = 0.02  # changes within this time are announced together
+MAX_SYNC_PER_S = 100  # messages taken from one peer; what is dropped, the next hello repairs
+
+
+class Allowance:
+    """A token bucket: so many a second on average, and as many at once after a quiet second."""
+
+    def __init__(self, per_s: float) -> None:
+        self._per_s = per_s
+        self._left = per_s
+        self._at: float | None = None
+
+    def take(self, now: float) -> bool:
+        """Whether one more is within the allowance."""
+        if self._at is not None:
+            self._left = min(self._per_s, self._left + (now - self._at) * self._per_s)
+        self._at = now
+        if self._left < 1.0:
+            return False
+        self._left -= 1.0
+        return True
 
 
 class Gossip:
@@ -52,6 +72,7 @@ class Gossip:
         self._clock = clock
         self._rng = rng
         self._sessions: dict[str, SyncSession] = {}
+        self._allowances: dict[str, Allowance] = {}
         self._neighbours: set[str] = set()
         self._tasks = Tasks()
         self._changed = asyncio.Event()
@@ -73,6 +94,7 @@ class Gossip:
     def link_down(self, peer_id: str) -> None:
         """Forget a peer whose link ended."""
         self._sessions.pop(peer_id, None)
+        self._allowances.pop(peer_id, None)
         self._neighbours.discard(peer_id)
         self._choose_neighbours()
 
@@ -131,6 +153,10 @@ class Gossip:
             logger.debug("link ended while gossiping", extra={"peer": peer_id[-8:]})
 
     def _take_sync(self, sender: str, message: StoreSync, _: Mapping[str, Tensor]) -> None:
+        allowance = self._allowances.setdefault(sender, Allowance(MAX_SYNC_PER_S))
+        if not allowance.take(self._clock()):
+            logger.debug("too many store messages at once", extra={"peer": sender[-8:]})
+            return
         session = self._sessions.setdefault(sender, SyncSession(self._replica))
         try:
             answers = session.receive(message.body)

@@ -1,0 +1,271 @@
+"""Planning without a leader: several members with real replicas and a tiny real model.
+
+Documents are exchanged at once and in full, time is virtual, and nothing listens anywhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from covey.node.catalog import LocalModel
+from covey.node.config import NodeConfig
+from covey.node.engine.torch_stage import load_stage
+from covey.node.home import Home
+from covey.node.model.checkpoint import open_checkpoint
+from covey.node.model.errors import CorruptModel
+from covey.node.planning import Planning
+from covey.node.serving import StageServer
+from covey.node.switch import Switch
+from covey.node.worker import Done
+from covey.partition.activation import PENDING_S
+from covey.store.replica import Replica
+from covey.store.views import Views
+from covey.transport.link import LinkKind
+from support.swarm_keys import signer, verify
+from support.tiny_models import TINY, write_tiny_gguf
+from support.virtual_time import VirtualTimeLoop
+
+SETTLE_S = 4.0
+
+
+class InlineWorker:
+    """Runs jobs in the loop: virtual time does not wait for threads."""
+
+    async def run(self, job: Callable[[], Any]) -> Done[Any]:
+        return Done(job(), 0.0, 0.0)
+
+
+class Swarm:
+    """Members that hear each other at once, while they live."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.members: dict[str, Member] = {}
+
+    @property
+    def live(self) -> frozenset[str]:
+        return frozenset(name for name, member in self.members.items() if member.is_live)
+
+    def spread(self, author: str, envelope: bytes) -> None:
+        for member in self.members.values():
+            if member.peer_id != author and member.is_live and author in self.live:
+                member.replica.apply(envelope)
+
+
+class Member:
+    """What `Planning` sees of a node."""
+
+    def __init__(self, name: str, swarm: Swarm, model: LocalModel, max_blocks: int | None) -> None:
+        self.peer_id = name
+        self.is_live = True
+        self.swarm = swarm
+        self.clock = asyncio.get_running_loop().time
+        self.home = Home(swarm.folder / name)
+        self.config = NodeConfig(home=self.home.path, name=name, max_blocks=max_blocks)
+        self.catalog: Any = Catalog([model])
+        self.loader = InlineWorker()
+        self.replica = Replica(
+            name,
+            swarm="meadow2026",
+            sign=signer(name),
+            verify=verify,
+            is_member=lambda _: True,
+            disk=None,
+            started_ms=1,
+        )
+        self.views = Views(self.replica)
+        self.switch = Switch(name, cast("Any", None))
+        self.server = StageServer(self.switch, cast("Any", self.loader), self.clock)
+        peer = SimpleNamespace(busy=False, rtt_s=1e-3, kind=LinkKind.DIRECT, measure=self._measured)
+        self.mesh = SimpleNamespace(peers={}, peer=self._answer(peer))
+        self.replica.on_local(lambda envelope: swarm.spread(name, envelope))
+        self.planning = Planning(cast("Any", self))
+
+    def live_peers(self) -> frozenset[str]:
+        return self.swarm.live
+
+    def spans(self, digest: str) -> dict[str, tuple[int, int]] | None:
+        route = self.planning.route(digest)
+        return None if route is None else dict(zip(route.peers, route.spans, strict=True))
+
+    @staticmethod
+    def _answer(peer: object) -> Callable[[str], Awaitable[object]]:
+        async def find(_: str) -> object:
+            return peer
+
+        return find
+
+    @staticmethod
+    async def _measured() -> tuple[float, float]:
+        return 1e-3, 1e8
+
+
+class Catalog:
+    def __init__(self, models: list[LocalModel]) -> None:
+        self._models = models
+
+    def __iter__(self) -> Any:
+        return iter(self._models)
+
+    def by_digest(self, digest: str) -> LocalModel | None:
+        return next((model for model in self._models if model.digest == digest), None)
+
+
+@asynccontextmanager
+async def member(
+    name: str, swarm: Swarm, model: LocalModel, max_blocks: int | None
+) -> AsyncIterator[Member]:
+    new = Member(name, swarm, model, max_blocks)
+    for other in swarm.members.values():
+        for envelope in other.replica.missing_for(new.replica.state_vector(), max_bytes=1 << 20):
+            new.replica.apply(envelope)
+    swarm.members[name] = new
+    run = asyncio.create_task(new.planning.run())
+    try:
+        yield new
+    finally:
+        run.cancel()
+        await asyncio.gather(run, return_exceptions=True)
+        new.is_live = False
+        await new.server.aclose()
+        new.home.close()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> LocalModel:
+    path = write_tiny_gguf(tmp_path / "tiny.gguf")
+    return LocalModel("tiny", open_checkpoint(path, cache_dir=tmp_path), "fp32")
+
+
+@pytest.fixture(autouse=True)
+def inline_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Virtual time would run away while a thread works."""
+
+    async def inline(job: Callable[..., object], *arguments: object) -> object:
+        return job(*arguments)
+
+    monkeypatch.setattr(asyncio, "to_thread", inline)
+
+
+def simulate(scenario: Callable[[], Awaitable[None]]) -> None:
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        runner.run(cast("Any", scenario()))
+
+
+def test_a_machine_that_holds_the_model_serves_it_alone(tmp_path: Path, model: LocalModel) -> None:
+    async def scenario() -> None:
+        async with member("a", Swarm(tmp_path), model, None) as a:
+            await asyncio.sleep(SETTLE_S)
+            assert a.spans(model.digest) == {"a": (0, TINY.n_blocks)}
+
+    simulate(scenario)
+
+
+def test_members_that_need_each_other_agree_on_one_plan(tmp_path: Path, model: LocalModel) -> None:
+    async def scenario() -> None:
+        swarm = Swarm(tmp_path)
+        async with AsyncExitStack() as stack:
+            a = await stack.enter_async_context(member("a", swarm, model, 2))
+            await asyncio.sleep(SETTLE_S)
+            assert a.spans(model.digest) is None
+            assert "block" in a.planning.why_not(model.digest)
+            b = await stack.enter_async_context(member("b", swarm, model, 3))
+            await asyncio.sleep(SETTLE_S)
+            spans = a.spans(model.digest)
+            assert spans is not None
+            assert spans == b.spans(model.digest)
+            assert set(spans) == {"a", "b"}
+            assert len(a.server.stages) == len(b.server.stages) == 1
+
+    simulate(scenario)
+
+
+def test_the_others_plan_anew_when_the_proposer_dies(tmp_path: Path, model: LocalModel) -> None:
+    async def scenario() -> None:
+        swarm = Swarm(tmp_path)
+        async with AsyncExitStack() as stack:
+            a, b, c = [
+                await stack.enter_async_context(member(name, swarm, model, 2)) for name in "abc"
+            ]
+            await asyncio.sleep(SETTLE_S)
+            old = b.planning.route(model.digest)
+            assert old is not None
+            assert old.plan.proposer == "a"
+            a.is_live = False
+            await asyncio.sleep(SETTLE_S)
+            spans = b.spans(model.digest)
+            assert spans is not None
+            assert set(spans) == {"b", "c"}
+            assert spans == c.spans(model.digest)
+
+    simulate(scenario)
+
+
+def test_a_better_machine_that_joins_takes_over(tmp_path: Path, model: LocalModel) -> None:
+    async def scenario() -> None:
+        swarm = Swarm(tmp_path)
+        async with AsyncExitStack() as stack:
+            a = await stack.enter_async_context(member("a", swarm, model, 2))
+            await stack.enter_async_context(member("b", swarm, model, 2))
+            await asyncio.sleep(SETTLE_S)
+            first = a.planning.route(model.digest)
+            assert first is not None
+            await stack.enter_async_context(member("c", swarm, model, None))
+            await asyncio.sleep(SETTLE_S)
+            second = a.planning.route(model.digest)
+            assert second is not None
+            # One machine without links beats two with a millisecond between them.
+            assert second.peers == ("c",)
+            assert second.epoch == first.epoch + 1
+            assert not a.server.stages
+
+    simulate(scenario)
+
+
+def test_a_member_whose_file_is_bad_is_planned_around(
+    tmp_path: Path, model: LocalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoiled: list[object] = []
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        if not spoiled:
+            spoiled.append(arguments)
+            raise CorruptModel(tmp_path, "block.0", "expected another hash")
+        return load_stage(*arguments, **options)
+
+    async def scenario() -> None:
+        swarm = Swarm(tmp_path)
+        async with AsyncExitStack() as stack:
+            everyone = [
+                await stack.enter_async_context(member(name, swarm, model, 2)) for name in "abc"
+            ]
+            await asyncio.sleep(2 * PENDING_S)
+            views = [each.spans(model.digest) for each in everyone]
+            assert views[0] is not None
+            assert views[0] == views[1] == views[2]
+            assert len(views[0]) == 2
+
+    monkeypatch.setattr("covey.node.planning.load_stage", load)
+    simulate(scenario)
+
+
+def test_a_node_that_stops_takes_its_word_back(tmp_path: Path, model: LocalModel) -> None:
+    async def scenario() -> None:
+        swarm = Swarm(tmp_path)
+        async with AsyncExitStack() as stack:
+            a = await stack.enter_async_context(member("a", swarm, model, 2))
+            b = await stack.enter_async_context(member("b", swarm, model, 2))
+            await asyncio.sleep(SETTLE_S)
+            assert a.spans(model.digest) is not None
+            b.planning.withdraw()
+            await asyncio.sleep(1.0)
+            assert a.spans(model.digest) is None
+
+    simulate(scenario)
