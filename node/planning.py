@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 from covey.partition.activation import (
     active_plan,
@@ -25,23 +25,26 @@ from covey.partition.errors import PartitionError
 from covey.partition.plan import LayerPlan, make_plan
 from covey.partition.profile import DeviceProfile, LinkProfile, ModelLayout, Workload
 from covey.partition.search import Candidate, Front, pareto_front
+from covey.store.replica import Replica
 from covey.store.schema import Ready
+from covey.store.views import Views
+from covey.transport.mesh import Mesh
 from covey.transport.peer import Peer
 
-from .catalog import LocalModel
+from .catalog import Catalog, LocalModel
+from .config import NodeConfig
 from .engine.lease import LeaseTable
 from .engine.torch_stage import load_stage
 from .errors import NodeError
+from .home import Home
 from .links import LinkMeter
 from .model.errors import ModelError
 from .plan_facts import plan_facts
 from .planning_state import ModelState, device_record, plan_record, read_state
 from .profiling import device_profile
 from .route import Route, UnsupportedPlan
-from .serving import LEASE_TTL_S, LoadedStage
-
-if TYPE_CHECKING:
-    from .runtime import Node
+from .serving import LEASE_TTL_S, LoadedStage, StageServer
+from .worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +52,28 @@ STEP_S = 0.5  # between looks when nothing wakes us
 MAX_LOADED = 2  # plans of one model at once: the active one and its successor
 
 
+class Host(Protocol):
+    """What planning needs of the node it runs in."""
+
+    peer_id: str
+    config: NodeConfig
+    home: Home
+    catalog: Catalog
+    mesh: Mesh
+    replica: Replica
+    views: Views
+    server: StageServer
+    loader: Worker
+    clock: Callable[[], float]
+
+    def live_peers(self) -> frozenset[str]:
+        """Members heard of lately, this one included."""
+
+
 class Planning:
     """The plans of this node's models; `run` is its one loop."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Host) -> None:
         self._node = node
         self._meter = LinkMeter(node.mesh, node.replica, node.peer_id, node.live_peers, node.clock)
         self._devices: dict[str, DeviceProfile] = {}  # this node's own, by model digest
