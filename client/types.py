@@ -21,6 +21,7 @@ class SamplingOptions(TypedDict, total=False):
     seed: int
     stop: str | Sequence[str]
     logit_bias: Mapping[int, float]
+    deadline_s: float  # give up after so many seconds, wherever the text is
 
 
 class ChatOptions(SamplingOptions, total=False):

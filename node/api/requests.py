@@ -21,6 +21,7 @@ from covey.node.service import GenerationRequest
 
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 MAX_TOKEN_ID = 2**31 - 1
+MAX_DEADLINE_S = 24 * 3600.0
 MAX_INVITE_S = 30 * 24 * 3600.0  # arbitrary; an invite is to be used soon
 
 # Fields whose effect we do not have, with the values that ask for nothing (null always does).
@@ -173,6 +174,7 @@ class GenerationBody(_Strict):
     logit_bias: Annotated[dict[int, float], PlainValidator(_bias)] = {}
     stop: Annotated[tuple[str, ...], PlainValidator(_stops)] = ()
     max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    deadline_s: Annotated[float, Field(gt=0, le=MAX_DEADLINE_S)] | None = None  # ours: then give up
 
     @property
     def include_usage(self) -> bool:
@@ -255,6 +257,7 @@ class ChatRequest(GenerationBody):
             params=self.sampling(limit),
             messages=[message.for_template() for message in self.messages],
             template_kwargs=self.chat_template_kwargs or {},
+            deadline_s=self.deadline_s,
         )
 
 
@@ -274,9 +277,13 @@ class CompletionRequest(GenerationBody):
     def to_generation(self) -> GenerationRequest:
         """What the node is asked for; raises `InvalidParams`."""
         params = self.sampling(self.max_tokens or COMPLETION_TOKENS)
-        if isinstance(self.prompt, str):
-            return GenerationRequest(model=self.model, params=params, prompt=self.prompt)
-        return GenerationRequest(model=self.model, params=params, prompt_ids=self.prompt)
+        return GenerationRequest(
+            model=self.model,
+            params=params,
+            prompt=self.prompt if isinstance(self.prompt, str) else None,
+            prompt_ids=None if isinstance(self.prompt, str) else self.prompt,
+            deadline_s=self.deadline_s,
+        )
 
 
 class InviteRequest(_Strict):

@@ -60,6 +60,12 @@ def test_defaults_are_those_of_openai() -> None:
     assert complete().params.max_tokens == 16
 
 
+def test_a_deadline_is_handed_on() -> None:
+    assert chat(deadline_s=2.5).deadline_s == 2.5
+    assert complete(deadline_s=3).deadline_s == 3.0
+    assert chat().deadline_s is None
+
+
 def test_every_sampling_field_arrives() -> None:
     params = chat(
         temperature=0,
@@ -176,6 +182,8 @@ def test_other_prompts_are_refused_by_name(prompt: object) -> None:
         ("top_k", -1),
         ("top_k", 1.5),
         ("min_p", 2),
+        ("deadline_s", 0),
+        ("deadline_s", "soon"),
         ("repetition_penalty", 0),
         ("presence_penalty", 3),
         ("frequency_penalty", -3),
