@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 from covey.partition.choose import Prefer
 
+from .engine.tensors import EngineDtype
 from .errors import ConfigError
 
 PREFERENCES: tuple[Prefer, ...] = get_args(Prefer)
+DTYPES: tuple[EngineDtype, ...] = get_args(EngineDtype)
 
-_SIZE = re.compile(r"^\s*([0-9]*\.?[0-9]+)\s*([kmgt]?)(i?b)?\s*$", re.IGNORECASE)
+_SIZE = re.compile(r"\s*([0-9]{0,20}\.?[0-9]{1,20})\s*([kmgt]?)(i?b)?\s*", re.IGNORECASE)
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -23,10 +26,10 @@ def parse_size(text: str) -> int:
     Raises:
         ConfigError: not a size.
     """
-    match = _SIZE.match(text)
+    match = _SIZE.fullmatch(text)
     if match is None:
         raise ConfigError(f"memory: {text!r} is not a size; write it like 512M or 4G")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    return int(Decimal(match[1]) * _UNITS[match[2].lower()])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +46,7 @@ class NodeConfig:
     api_key: str | None = None
     max_blocks: int | None = None  # most blocks this node will hold; 0: head only
     memory_bytes: int | None = None  # most weights and KV cache; None: measured
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    dtype: EngineDtype = "fp32"
     threads: int = 1  # of the engine; results are identical only for equal numbers
     prefer: Prefer = "balanced"
     context_tokens: int = 2048  # longest session that plans and leases reckon with
@@ -59,12 +62,15 @@ class NodeConfig:
         _within("threads", self.threads, 1, 256)
         _within("context", self.context_tokens, 16, 1 << 20)
         _within("max_sessions", self.max_sessions, 1, 1024)
+        _within("grace", self.grace_s, 0, 3600)
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype: {self.dtype!r} is none of {', '.join(DTYPES)}")
         if self.prefer not in PREFERENCES:
             raise ConfigError(f"prefer: {self.prefer!r} is none of {', '.join(PREFERENCES)}")
         if not 1 <= len(self.name) <= 64 or not self.name.isprintable():
             raise ConfigError("name: must be 1 to 64 printable characters")
 
 
-def _within(field: str, value: int | None, low: int, high: int) -> None:
+def _within(field: str, value: float | None, low: int, high: int) -> None:
     if value is not None and not low <= value <= high:
         raise ConfigError(f"{field}: {value} is outside {low} to {high}")

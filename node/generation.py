@@ -10,19 +10,21 @@ import asyncio
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from contextlib import AbstractContextManager, aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from functools import partial
+from typing import TypeVar
 
 from covey.transport.messages import StageTrace
 
 from .catalog import LocalModel
+from .engine.errors import EngineError
 from .engine.generate import prefill_chunks
 from .engine.tensors import HiddenStates
 from .errors import Busy, NotReady, PromptTooLong, SessionFailed
+from .model.errors import ModelError
 from .model.sampling import SampledToken, Sampler, StopMatcher
-from .model.tokenizer import Tokenizer
 from .pipeline import Pipelines, PipelineSession, StepResult
 from .prompt import chat_tokens, prompt_tokens
 from .route import Route
@@ -37,7 +39,8 @@ from .service import (
     StepTiming,
     TokenLogprob,
 )
-from .worker import Worker
+from .switch import code_of
+from .worker import Done, Worker, WorkerClosed
 
 T = TypeVar("T")
 
@@ -100,7 +103,8 @@ class Generator:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """See `Service.generate`."""
-        began_at = time.perf_counter()
+        began_at, loop = time.perf_counter(), asyncio.get_running_loop()
+        deadline_at = None if request.deadline_s is None else loop.time() + request.deadline_s
         model, route = self._find_route(request.model)
         if self._is_refusing:
             raise NotReady(request.model, "this node is stopping")
@@ -108,26 +112,18 @@ class Generator:
             raise Busy(f"this node runs {self.n_active} generations, its limit")
         self.n_active += 1
         try:
-            prompt = await self._tokens_of(request, model.tokenizer)
+            async with _deadline(deadline_at):
+                prompt = await asyncio.to_thread(_tokens_of, request, model)
             limit = min(self._context_tokens, model.checkpoint.config.context_length)
             if len(prompt) >= limit:
                 raise PromptTooLong(len(prompt), limit)
             max_tokens = min(request.params.max_tokens, limit - len(prompt))
-            run = _Run(self, request, model, route, prompt, max_tokens, began_at)
+            run = _Run(self, request, model, route, prompt, max_tokens, began_at, deadline_at)
             async with aclosing(run.events()) as events:
                 async for event in events:
                     yield event
         finally:
             self.n_active -= 1
-
-    async def _tokens_of(self, request: GenerationRequest, tokenizer: Tokenizer) -> list[int]:
-        # A long conversation takes many milliseconds to render and encode.
-        if request.messages is not None:
-            return await asyncio.to_thread(
-                chat_tokens, tokenizer, request.messages, request.template_kwargs
-            )
-        prompt = request.prompt_ids if request.prompt_ids is not None else request.prompt or ""
-        return await asyncio.to_thread(prompt_tokens, tokenizer, prompt)
 
 
 class _Run:
@@ -142,10 +138,11 @@ class _Run:
         prompt: list[int],
         max_tokens: int,
         began_at: float,
+        deadline_at: float | None,
     ) -> None:
         self._owner = owner
         self._params = request.params
-        self._deadline_at = None if request.deadline_s is None else began_at + request.deadline_s
+        self._deadline_at = deadline_at
         self._model = model
         self._route = route
         self._n_prompt = len(prompt)
@@ -155,18 +152,10 @@ class _Run:
         self._totals = _Totals(route.n_stages)
 
     async def events(self) -> AsyncGenerator[Event, None]:
-        model, worker = self._model, self._owner.worker
-        head = (await worker.run(lambda: model.head)).value
+        model = self._model
+        head = (await self._on_worker(lambda: model.head)).value
         self._sampler = Sampler(self._params, head.vocab_size)
-        session = await self._within(
-            self._owner.pipelines.open(
-                secrets.token_hex(16),
-                self._route,
-                hidden_size=model.checkpoint.config.hidden_size,
-                # The last token is never fed back, so its position needs no room.
-                n_tokens=self._n_prompt + self._max_tokens - 1,
-            )
-        )
+        session = await self._open()
         try:
             yield Started(
                 session=session.name, prompt_tokens=self._n_prompt, stages=self._route.spans
@@ -177,6 +166,20 @@ class _Run:
                         yield event
         finally:
             self._owner.pipelines.close(session)
+
+    async def _open(self) -> PipelineSession:
+        try:
+            return await self._within(
+                self._owner.pipelines.open(
+                    secrets.token_hex(16),
+                    self._route,
+                    hidden_size=self._model.checkpoint.config.hidden_size,
+                    # The last token is never fed back, so its position needs no room.
+                    n_tokens=self._n_prompt + self._max_tokens - 1,
+                )
+            )
+        except NotReady as error:  # a pipeline knows the model's digest only
+            raise NotReady(self._model.name, error.reason) from error
 
     async def _decode(self, session: PipelineSession) -> AsyncGenerator[Event, None]:
         stream, matcher = self._model.tokenizer.stream(), StopMatcher(self._params.stop)
@@ -224,14 +227,14 @@ class _Run:
 
     async def _prefill(self, session: PipelineSession) -> StepResult:
         """Send the prompt in chunks, a few in flight so that no stage waits; returns the last."""
-        head, worker = self._model.head, self._owner.worker
+        head = self._model.head
         in_flight: deque[asyncio.Future[StepResult]] = deque()
         prompt = self._tokens
         for begin, end in prefill_chunks(len(prompt)):
             if len(in_flight) > self._route.n_stages:
                 self._totals.add(await self._within(session.wait(in_flight.popleft())))
             chunk = prompt[begin:end]
-            hidden = (await worker.run(lambda chunk=chunk: head.embed(chunk))).value  # type: ignore[misc]
+            hidden = (await self._on_worker(partial(head.embed, chunk))).value
             n_return = 1 if end == len(prompt) else 0
             in_flight.append(
                 await self._within(session.send(hidden, position=begin, n_return=n_return))
@@ -255,19 +258,19 @@ class _Run:
             ends = is_last or sampled.id in eos_ids
             return sampled, None if ends else head.embed([sampled.id])
 
-        done = await self._owner.worker.run(job)
+        done = await self._on_worker(job)
         return (*done.value, done.compute_s)
 
-    async def _within(self, work: Coroutine[Any, Any, T]) -> T:
-        """Wait for `work` until the request's deadline; raises SessionFailed past it."""
-        if self._deadline_at is None:
-            return await work
-        remaining = self._deadline_at - time.perf_counter()
+    async def _on_worker(self, job: Callable[[], T]) -> Done[T]:
         try:
-            async with asyncio.timeout(remaining):
-                return await work
-        except TimeoutError as error:
-            raise SessionFailed("deadline_exceeded", "the request's deadline passed") from error
+            return await self._within(self._owner.worker.run(job))
+        except (EngineError, ModelError, WorkerClosed) as error:
+            raise SessionFailed(code_of(error).value, str(error)) from error
+
+    async def _within(self, work: Awaitable[T]) -> T:
+        """Wait for `work` until the request's deadline; raises SessionFailed past it."""
+        async with _deadline(self._deadline_at):
+            return await work
 
     def _logprob(self, sampled: SampledToken) -> TokenLogprob | None:
         if not self._params.logprobs:
@@ -309,6 +312,24 @@ class _Run:
             stages=stages,
             returned_bytes=totals.returned_bytes,
         )
+
+
+@asynccontextmanager
+async def _deadline(at: float | None) -> AsyncGenerator[None, None]:
+    """Cancel the body at loop time `at`; raises SessionFailed then. Never around a `yield`."""
+    try:
+        async with asyncio.timeout_at(at):
+            yield
+    except TimeoutError as error:
+        raise SessionFailed("deadline_exceeded", "the request's deadline passed") from error
+
+
+def _tokens_of(request: GenerationRequest, model: LocalModel) -> list[int]:
+    """For a thread: the first use builds the tokenizer, and a long conversation takes its time."""
+    if request.messages is not None:
+        return chat_tokens(model.tokenizer, request.messages, request.template_kwargs)
+    prompt = request.prompt_ids if request.prompt_ids is not None else request.prompt or ""
+    return prompt_tokens(model.tokenizer, prompt)
 
 
 def _step_timing(total_s: float, trace: Sequence[StageTrace], head_s: float) -> StepTiming:

@@ -25,6 +25,7 @@ _NUMPY: Mapping[str, np.dtype[Any]] = {
     "bf16": np.dtype("<u2"),
     "fp16": np.dtype("<f2"),
 }
+_BF16_EXPONENT = np.uint16(0x7F80)  # all ones in NaN and infinity
 
 
 class WrongTensor(ProtocolViolation):
@@ -35,8 +36,6 @@ class WrongTensor(ProtocolViolation):
 
 class BeyondCodec(NodeError):
     """Hidden states that the border's codec cannot carry; the session cannot go on."""
-
-    code = ErrorCode.WRONG_TENSOR
 
 
 def pack(hidden: HiddenStates, dtype: EngineDtype, codec: Codec) -> Tensor:
@@ -74,3 +73,10 @@ def unpack(
         raise WrongTensor(f"{tensor.shape[0]} rows are outside 1 to {max_tokens}")
     array: HiddenStates = np.frombuffer(tensor.data, _NUMPY[expected]).reshape(tensor.shape)
     return array.astype(np.float32) if expected == "fp16" else array
+
+
+def is_finite(hidden: HiddenStates, dtype: EngineDtype) -> bool:
+    """Whether no value is NaN or infinite, which none that an honest stage sends is."""
+    if dtype == "bf16":
+        return not bool(((hidden & _BF16_EXPONENT) == _BF16_EXPONENT).any())
+    return bool(np.isfinite(hidden).all())

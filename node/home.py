@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from .errors import ConfigError
 
+API_FILE = "api.json"
 MAX_STATE_BYTES = 1 << 20  # of any JSON file here; ours take a few KiB
 
 
@@ -40,6 +41,7 @@ class Home:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = FileLock(path / "lock", timeout=0)
             self._lock.acquire()
+            self.remove(API_FILE)  # of a node that was killed; its address and key mean nothing now
         except Timeout as error:
             raise ConfigError(
                 f"a node runs in {path} already: stop it with `covey stop`, or give this one "
@@ -78,11 +80,15 @@ class Home:
         path = self.path / name
         try:
             descriptor, temporary = tempfile.mkstemp(dir=self.path, prefix=f".{name}.")
-            with os.fdopen(descriptor, "w") as file:
-                json.dump(value, file)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).replace(path)
+            try:
+                with os.fdopen(descriptor, "w") as file:
+                    json.dump(value, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                Path(temporary).replace(path)
+            except BaseException:
+                Path(temporary).unlink(missing_ok=True)
+                raise
         except OSError as error:
             raise ConfigError(f"cannot write {path} ({error.strerror}): free some space") from error
 
@@ -92,12 +98,14 @@ class Home:
 
     def publish_api(self, url: str, control_key: str) -> None:
         """Write `api.json`, by which commands on this machine find the node and may control it."""
-        self.save("api.json", {"url": url, "key": control_key, "pid": os.getpid()})
+        self.save(API_FILE, {"url": url, "key": control_key, "pid": os.getpid()})
 
     def close(self) -> None:
         """Unlock."""
-        self.remove("api.json")
-        self._lock.release()
+        try:
+            self.remove(API_FILE)
+        finally:
+            self._lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -121,7 +129,7 @@ def read_state(path: Path) -> dict[str, Any] | None:
         return None
     except OSError as error:
         raise ConfigError(f"cannot read {path} ({error.strerror}): check who owns it") from error
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise ConfigError(f"{path} is damaged: remove it, then join the swarm again")

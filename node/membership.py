@@ -19,6 +19,7 @@ from .home import Home
 
 SWARM_FILE = "swarm.json"
 INVITES_FILE = "invites.json"
+MIN_ADDRESS = 3  # of the wire's `Address`; a card may hold less, and one frame must not be spoilt
 MAX_WELCOMED = 64  # members a joiner is told of; the DHT and the store tell the rest
 
 
@@ -94,7 +95,9 @@ def entry_of(card: MemberCard) -> MemberEntry:
     return MemberEntry(
         peer_id=card.peer_id,
         addresses=list(card.addresses[:16]),
-        control_addresses=list(card.control_addresses[:16]),
+        control_addresses=[
+            address for address in card.control_addresses if len(address) >= MIN_ADDRESS
+        ][:16],
     )
 
 

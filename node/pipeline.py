@@ -8,49 +8,34 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from covey.errors import CoveyError
-from covey.transport.errors import (
-    ErrorCode,
-    LinkTimeout,
-    ProtocolViolation,
-    RefusedByPeer,
-    TransportError,
-)
+from covey.transport.errors import ErrorCode, LinkTimeout, RefusedByPeer, TransportError
 from covey.transport.frame import Tensor
 from covey.transport.messages import (
     CloseSession,
     Forward,
     OpenSession,
     SessionFailed,
+    SessionOpened,
     StageTrace,
 )
 
 from .engine.tensors import HiddenStates
 from .errors import Busy, NotReady
 from .errors import SessionFailed as Failed
-from .hidden import pack, unpack
+from .hidden import WrongTensor, is_finite, pack, unpack
 from .route import Route
-from .switch import Switch
+from .switch import Switch, UnexpectedMessage, WrongFrame, code_of
 from .tasks import Tasks
-
-logger = logging.getLogger(__name__)
 
 OPEN_TIMEOUT_S = 10.0  # a stage only allocates KV cache; includes dialling it
 STEP_TIMEOUT_S = 120.0  # one prefill chunk on the slowest machine we know takes seconds
 
 #: Codes with which a stage says "not now" rather than "never".
 _BUSY = frozenset({ErrorCode.CACHE_FULL, ErrorCode.TOO_MANY_SESSIONS})
-
-
-class UnexpectedReturn(ProtocolViolation):
-    """A stage returned hidden states that nobody waits for, or of another step."""
-
-    code = ErrorCode.WRONG_POSITION
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +49,7 @@ class StepResult:
 
 @dataclass(slots=True)
 class _Waiting:
+    position: int
     n_return: int
     future: asyncio.Future[StepResult]
 
@@ -78,7 +64,7 @@ class PipelineSession:
         self._switch = switch
         self._next_step = 0
         self._waiting: dict[int, _Waiting] = {}
-        self._failure: CoveyError | None = None
+        self._failure: Failed | None = None
 
     async def send(
         self, hidden: HiddenStates, *, position: int, n_return: int
@@ -93,26 +79,25 @@ class PipelineSession:
         """
         if self._failure is not None:
             raise self._failure
+        route = self.route
         step, self._next_step = self._next_step, self._next_step + 1
         future: asyncio.Future[StepResult] = asyncio.get_running_loop().create_future()
-        self._waiting[step] = _Waiting(n_return, future)
-        codec = self.route.codecs[0]
+        self._waiting[step] = _Waiting(position, n_return, future)
         message = Forward(
             session=self.name,
-            epoch=self.route.epoch,
+            epoch=route.epoch,
             stage_idx=0,
             step=step,
             position=position,
             n_return=n_return,
-            codec=codec,
+            codec=route.codecs[0],
         )
-        tensor = pack(hidden, self.route.dtype, codec)
         try:
-            await self._switch.send(self.route.peers[0], message, {"hidden": tensor})
-        except TransportError as error:
-            self.fail(ErrorCode.PEER_LOST, f"stage 0 on {self.route.peers[0][-8:]}: {error}")
-            future.exception()  # seen: the caller gets it from here
-            raise Failed("peer_lost", str(error)) from error
+            tensor = pack(hidden, route.dtype, route.codecs[0])
+            await self._switch.send(route.peers[0], message, {"hidden": tensor})
+        except CoveyError as error:
+            text = f"hidden states cannot be sent to stage 0 on {route.peers[0][-8:]}: {error}"
+            raise self.fail(code_of(error), text) from error
         return future
 
     async def step(self, hidden: HiddenStates, *, position: int, n_return: int) -> StepResult:
@@ -131,46 +116,61 @@ class PipelineSession:
                 return await future
         except TimeoutError as error:
             text = f"no answer within {STEP_TIMEOUT_S:g} s"
-            raise Failed(ErrorCode.DEADLINE_EXCEEDED.value, text) from error
+            raise self.fail(ErrorCode.DEADLINE_EXCEEDED, text) from error
 
     def returned(self, sender: str, message: Forward, tensors: Mapping[str, Tensor]) -> None:
         """Take what the last stage pushed back.
 
         Raises:
-            UnexpectedReturn, WrongTensor: the stage is broken; nothing of it is used.
+            WrongFrame, WrongTensor: the stage is broken; nothing of it is used.
         """
-        if sender != self.route.peers[-1] or message.epoch != self.route.epoch:
-            raise UnexpectedReturn("hidden states from outside the session's pipeline")
-        waiting = self._waiting.get(message.step)
-        if waiting is None:
-            raise UnexpectedReturn("hidden states of a step that nobody waits for")
+        if self._failure is not None:
+            return  # what was on its way when the session ended
+        if sender != self.route.peers[-1]:
+            raise WrongFrame(ErrorCode.NOT_A_MEMBER, "hidden states from outside the pipeline")
+        if message.epoch != self.route.epoch:
+            raise WrongFrame(ErrorCode.WRONG_EPOCH, "hidden states of another epoch")
         if len(message.trace) != self.route.n_stages:
-            raise UnexpectedReturn("hidden states with a trace of other stages")
+            raise WrongFrame(ErrorCode.MALFORMED_FRAME, "hidden states with a trace too short")
+        waiting = self._waiting.get(message.step)
+        if waiting is None or message.position != waiting.position:
+            raise WrongFrame(ErrorCode.WRONG_POSITION, "hidden states that nobody waits for")
         tensor = tensors.get("hidden")
-        hidden = None
-        if waiting.n_return:
-            hidden = unpack(
-                tensor,
-                self.route.dtype,
-                self.route.codecs[-1],
-                hidden_size=self._hidden_size,
-                max_tokens=waiting.n_return,
-            )
-            if len(hidden) != waiting.n_return:
-                raise UnexpectedReturn("fewer hidden states than were asked for")
+        hidden = self._hidden_of(tensor, message, waiting.n_return)
         del self._waiting[message.step]
         if not waiting.future.done():
             nbytes = len(tensor.data) if tensor is not None else 0
             waiting.future.set_result(StepResult(hidden, message.trace, nbytes))
 
-    def fail(self, code: ErrorCode, detail: str) -> None:
-        """End the session for everyone who waits in it."""
+    def _hidden_of(
+        self, tensor: Tensor | None, message: Forward, n_return: int
+    ) -> HiddenStates | None:
+        codec, dtype = self.route.codecs[-1], self.route.dtype
+        if message.codec != codec or message.n_return != n_return:
+            raise WrongTensor("hidden states of another codec or number than was asked for")
+        if not n_return:
+            if tensor is not None:
+                raise WrongTensor("hidden states that nobody asked for")
+            return None
+        hidden = unpack(
+            tensor, dtype, codec, hidden_size=self._hidden_size, max_tokens=message.n_return
+        )
+        if len(hidden) != n_return:
+            raise WrongTensor("fewer hidden states than were asked for")
+        if not is_finite(hidden, dtype):
+            raise WrongTensor("hidden states with NaN or infinity")
+        return hidden
+
+    def fail(self, code: ErrorCode, detail: str) -> Failed:
+        """End the session for everyone who waits in it; returns why it ended first."""
         if self._failure is None:
             self._failure = Failed(code.value, detail)
         for waiting in self._waiting.values():
             if not waiting.future.done():
                 waiting.future.set_exception(self._failure)
+                waiting.future.exception()  # seen: of several in flight only one is waited for
         self._waiting.clear()
+        return self._failure
 
 
 class Pipelines:
@@ -197,30 +197,22 @@ class Pipelines:
             Busy: a stage has no room now.
             NotReady: a stage cannot be reached or no longer serves the plan.
         """
+        if name in self._sessions:
+            raise ValueError(f"a session {name!r} is open already")
         session = PipelineSession(name, route, hidden_size, self._switch)
         self._sessions[name] = session
-        started = time.monotonic()
-        results = await asyncio.gather(
-            *(self._open_stage(session, idx, n_tokens) for idx in range(route.n_stages)),
-            return_exceptions=True,
-        )
-        errors = [result for result in results if isinstance(result, BaseException)]
-        if not errors:
-            logger.debug("session opened in %.1f ms", 1e3 * (time.monotonic() - started))
-            return session
-        self.close(session)
-        for error in errors:
-            if not isinstance(error, TransportError):
-                raise error
-        if all(isinstance(e, RefusedByPeer) and e.code in _BUSY for e in errors):
-            raise Busy("a stage has no room for another session") from errors[0]
-        model = route.plan.model_digest[:8]
-        raise NotReady(model, f"a stage did not open the session: {errors[0]}") from errors[0]
+        try:
+            await self._open_stages(session, n_tokens)
+        except BaseException:  # a cancelled one too leaves no lease behind
+            self.close(session)
+            raise
+        return session
 
     def close(self, session: PipelineSession) -> None:
         """Forget a session and free its leases, without waiting for the stages."""
-        if self._sessions.pop(session.name, None) is None:
+        if self._sessions.get(session.name) is not session:
             return
+        del self._sessions[session.name]
         session.fail(ErrorCode.UNKNOWN_SESSION, "the session was closed")
         for peer in session.route.peers:
             self._tasks.spawn(self._close_stage(session.name, peer), "close session")
@@ -245,9 +237,26 @@ class Pipelines:
     async def aclose(self) -> None:
         """Close every session and give the stages a moment to hear of it."""
         for session in self:
+            session.fail(ErrorCode.SHUTTING_DOWN, "this node is stopping")
             self.close(session)
         await self._tasks.join(timeout_s=1.0)
         await self._tasks.aclose()
+
+    async def _open_stages(self, session: PipelineSession, n_tokens: int) -> None:
+        results = await asyncio.gather(
+            *(self._open_stage(session, idx, n_tokens) for idx in range(session.route.n_stages)),
+            return_exceptions=True,
+        )
+        errors = [result for result in results if isinstance(result, BaseException)]
+        if not errors:
+            return
+        for error in errors:
+            if not isinstance(error, TransportError):
+                raise error
+        if all(isinstance(e, RefusedByPeer) and e.code in _BUSY for e in errors):
+            raise Busy("a stage has no room for another session") from errors[0]
+        model = session.route.plan.model_digest[:8]
+        raise NotReady(model, f"a stage did not open the session: {errors[0]}") from errors[0]
 
     async def _open_stage(self, session: PipelineSession, idx: int, n_tokens: int) -> None:
         peers = session.route.peers
@@ -263,9 +272,11 @@ class Pipelines:
         )
         try:
             async with asyncio.timeout(OPEN_TIMEOUT_S):
-                await self._switch.request(peers[idx], request, timeout_s=OPEN_TIMEOUT_S)
+                answer = await self._switch.request(peers[idx], request, timeout_s=OPEN_TIMEOUT_S)
         except TimeoutError as error:
             raise LinkTimeout("open session", OPEN_TIMEOUT_S) from error
+        if answer != SessionOpened(session=session.name):
+            raise UnexpectedMessage(f"a stage answers with a {type(answer).__name__}")
 
     async def _close_stage(self, name: str, peer: str) -> None:
         # A stage that cannot be told ends the session by its idle time-out.
@@ -275,6 +286,5 @@ class Pipelines:
     def _stage_failed(self, sender: str, message: SessionFailed, _: Mapping[str, Tensor]) -> None:
         session = self._sessions.get(message.session)
         if session is not None and sender in session.route.peers:
-            session.fail(
-                message.code, f"stage {message.stage_idx} on {sender[-8:]} gave the session up"
-            )
+            idx = session.route.peers.index(sender)
+            session.fail(message.code, f"stage {idx} on {sender[-8:]} gave the session up")

@@ -7,8 +7,8 @@ that the planner sees sound values only.
 from __future__ import annotations
 
 import base64
-import binascii
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from covey.partition.profile import DeviceProfile, LinkProfile
 from covey.store.schema import PlanRecord, ProfileRecord
 from covey.store.views import Views
 
-MAX_PROPOSALS = 64  # per model; more is a member that floods, and the highest epochs win
+MAX_PROPOSALS = 8  # per proposer and model, newest first; an honest one has two or three
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ def read_state(views: Views, model_digest: str, n_blocks: int) -> ModelState:
             profile = _device_of(entry.record.value, entry.author, model_digest)
             if profile is not None:
                 devices[entry.author] = profile
-        elif (link := _link_of(entry.record.value, entry.author)) is not None:
+        elif (link := _link_of(entry.record, entry.author)) is not None:
             links.append(link)
     plans: list[LayerPlan] = []
     for record in views.plans(model_digest):
@@ -48,7 +48,7 @@ def read_state(views: Views, model_digest: str, n_blocks: int) -> ModelState:
         if plan is not None:
             plans.append(plan)
     plans.sort(key=lambda plan: (-plan.epoch, plan.digest))
-    plans = plans[:MAX_PROPOSALS]
+    plans = _without_floods(plans)
     ready = {plan.digest: _ready_peers(views, plan) for plan in plans}
     return ModelState(devices, tuple(links), tuple(plans), ready)
 
@@ -85,12 +85,12 @@ def _device_of(value: Mapping[str, Any], author: str, model: str) -> DeviceProfi
     return profile if (profile.peer_id, profile.model_digest) == (author, model) else None
 
 
-def _link_of(value: Mapping[str, Any], author: str) -> LinkProfile | None:
+def _link_of(record: ProfileRecord, author: str) -> LinkProfile | None:
     try:
-        profile = LinkProfile.from_value(value)
+        profile = LinkProfile.from_value(record.value)
     except PartitionError:
         return None
-    return profile if profile.a == author else None
+    return profile if (profile.a, profile.b) == (author, record.peer) else None
 
 
 def _plan_of(record: PlanRecord, n_blocks: int) -> LayerPlan | None:
@@ -100,11 +100,22 @@ def _plan_of(record: PlanRecord, n_blocks: int) -> LayerPlan | None:
     try:
         data = base64.b64decode(encoded, validate=True)
         plan = LayerPlan.decode(data, PlanLimits(n_blocks=n_blocks))
-    except (binascii.Error, PartitionError):
+    except (ValueError, PartitionError):  # base64 raises ValueError for letters beyond ASCII
         return None
     said = (record.digest, record.model, record.epoch, record.proposer)
     is_same = said == (plan.digest, plan.model_digest, plan.epoch, plan.proposer)
     return plan if is_same else None
+
+
+def _without_floods(plans: Sequence[LayerPlan]) -> list[LayerPlan]:
+    """The first few of each proposer, so that none can crowd out the others."""
+    counts: Counter[str] = Counter()
+    kept: list[LayerPlan] = []
+    for plan in plans:
+        counts[plan.proposer] += 1
+        if counts[plan.proposer] <= MAX_PROPOSALS:
+            kept.append(plan)
+    return kept
 
 
 def _ready_peers(views: Views, plan: LayerPlan) -> frozenset[str]:

@@ -10,7 +10,19 @@ from .model.chat_template import ChatTemplateError, render_chat
 from .model.tokenizer import Tokenizer
 
 #: Parameters of `render_chat` that no request may set.
-RESERVED = frozenset({"template", "messages", "add_generation_prompt", "bos", "eos", "now"})
+RESERVED = frozenset(
+    {
+        "template",
+        "messages",
+        "add_generation_prompt",
+        "bos",
+        "eos",
+        "bos_token",
+        "eos_token",
+        "now",
+        "strftime_now",
+    }
+)
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -21,7 +33,8 @@ def chat_tokens(
     """Token ids of a conversation, up to where the model's answer begins.
 
     Raises:
-        InvalidRequest: the model has no chat template, or its template refuses the messages.
+        InvalidRequest: the model has no chat template, or its template refuses the messages or
+            makes nothing of them.
     """
     if tokenizer.chat_template is None:
         raise InvalidRequest("messages", "this model has no chat template; use a plain prompt")
@@ -37,7 +50,10 @@ def chat_tokens(
         )
     except ChatTemplateError as error:
         raise InvalidRequest("messages", str(error)) from error
-    return tokenizer.encode(text)
+    tokens = tokenizer.encode(text)
+    if not tokens:
+        raise InvalidRequest("messages", "make an empty prompt: there is nothing to go on from")
+    return tokens
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:

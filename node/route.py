@@ -39,10 +39,11 @@ class Route:
         """Look a plan over.
 
         Raises:
-            UnsupportedPlan: it has groups, or a codec or dtype of a newer version.
+            UnsupportedPlan: it has groups, sparse attention, or a codec or dtype of a newer
+                version.
         """
-        if any(len(stage.members) != 1 for stage in plan.stages) or any(plan.carries):
-            raise UnsupportedPlan("the plan has groups or carries indices; update this node")
+        if any(len(stage.members) != 1 for stage in plan.stages) or plan.index_pattern is not None:
+            raise UnsupportedPlan("the plan has groups or sparse attention; update this node")
         if plan.dtype not in _DTYPES or not _CODECS.keys() >= set(plan.codecs):
             raise UnsupportedPlan("the plan has a dtype or codec unknown here; update this node")
         return cls(

@@ -21,7 +21,7 @@ from covey.partition.choose import Prefer
 from covey.store.awareness import Awareness
 from covey.store.disk import Disk
 from covey.store.replica import Replica
-from covey.store.schema import MemberCard
+from covey.store.schema import MemberCard, Ready
 from covey.store.views import Views
 from covey.transport.control import ControlPlane
 from covey.transport.errors import TransportError
@@ -186,6 +186,7 @@ class Node:
     # --- life --------------------------------------------------------------------------------
 
     async def _start(self, stack: AsyncExitStack) -> None:
+        self._take_back_promises()
         await stack.enter_async_context(self.mesh)
         for member in self._known:
             self.mesh.learn(member.peer_id, member.addresses)
@@ -204,6 +205,13 @@ class Node:
         self._loops = asyncio.create_task(self._run_loops(), name="node loops")
         self._loops.add_done_callback(lambda _: self.stop_requested.set())
 
+    def _take_back_promises(self) -> None:
+        """A node that was killed said that stages are ready; in this life none is loaded yet."""
+        with self.replica.edit() as edit:
+            for author, key, _ in self.replica.items(Ready.prefix):
+                if author == self.peer_id:
+                    edit.delete(key)
+
     async def _run_loops(self) -> None:
         async with asyncio.TaskGroup() as group:
             for loop in (self.gossip.run, self.discovery.run, self.planning.run, self._expire):
@@ -221,13 +229,14 @@ class Node:
 
     async def _stop(self) -> None:
         """Refuse new work, take back what we promised, finish or end sessions, say goodbye."""
+        give_up_at = self.clock() + self.config.grace_s  # one grace for what we ask and serve
         self.generator.refuse_new()
         self.server.refuse_new()
         self.planning.withdraw()
         if self.api is not None:
             await self.api.stop(self.config.grace_s)
         with suppress(TimeoutError):
-            async with asyncio.timeout(self.config.grace_s):
+            async with asyncio.timeout_at(give_up_at):
                 await self.server.drained()
         await self.pipelines.aclose()
         await self.server.aclose()

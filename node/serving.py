@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from covey.errors import CoveyError
-from covey.transport.errors import ErrorCode, ProtocolViolation, RefusedByPeer, TransportError
+from covey.transport.errors import ErrorCode, RefusedByPeer, TransportError
 from covey.transport.frame import Tensor
 from covey.transport.messages import (
+    MAX_STAGES,
     CloseSession,
     Forward,
     OpenSession,
@@ -24,30 +27,22 @@ from covey.transport.messages import (
     StageTrace,
 )
 
-from .engine.errors import CacheFull
+from .engine.errors import LeaseExpired
 from .engine.lease import LeaseTable
 from .engine.stage import Stage
 from .engine.tensors import HiddenStates
 from .hidden import WrongTensor, pack, unpack
 from .route import Route
-from .switch import Switch, code_of
+from .switch import Switch, WrongFrame, code_of
 from .tasks import Tasks
 from .worker import Worker
 
 logger = logging.getLogger(__name__)
 
 MAX_CHUNK_TOKENS = 1024  # rows of one Forward; heads send PREFILL_CHUNK, far below
-MAX_QUEUED_FORWARDS = 64  # per session; a head paces itself well below
+MAX_QUEUED_FORWARDS = MAX_STAGES + 1  # per session; heads have one more in flight than stages
 LEASE_TTL_S = 60.0  # how long the KV cache of a silent head is kept
 MAX_SESSIONS = 256  # per node: a bound on tasks, memory is bounded by the leases
-
-
-class WrongFrame(ProtocolViolation):
-    """A session frame that its plan does not allow."""
-
-    def __init__(self, code: ErrorCode, text: str) -> None:
-        super().__init__(text)
-        self.code = code
 
 
 @dataclass(slots=True)
@@ -63,14 +58,17 @@ class LoadedStage:
     compute_s: float = 0.0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Session:
     request: OpenSession
     head: str
     stage: LoadedStage
     forwards: asyncio.Queue[tuple[Forward, HiddenStates, int]]
     position: int = 0  # of the next row, counting what is queued
-    task: asyncio.Task[None] | None = field(default=None)
+    step: int = -1  # the last one taken
+    n_owed: int = 0  # forwards taken and not yet pushed on
+    task: asyncio.Task[None] | None = field(default=None)  # none while it is being opened
+    ended_by: ErrorCode | None = None
 
 
 class StageServer:
@@ -112,23 +110,28 @@ class StageServer:
         """Unload a stage; its sessions, if any, end with `unknown_plan`."""
         if self._stages.pop(plan, None) is None:
             return
-        for name, session in list(self._sessions.items()):
+        for session in list(self._sessions.values()):
             if session.stage.route.digest == plan:
-                self._end(name, ErrorCode.UNKNOWN_PLAN)
+                self._end(session, ErrorCode.UNKNOWN_PLAN)
 
     def peer_lost(self, peer_id: str) -> None:
         """End the sessions that cannot go on without a peer."""
-        for name, session in list(self._sessions.items()):
+        for session in list(self._sessions.values()):
             if session.head == peer_id:
-                self._end(name, None)
+                self._end(session, None)
             elif peer_id in (session.request.previous, session.request.next):
-                self._end(name, ErrorCode.PEER_LOST)
+                self._end(session, ErrorCode.PEER_LOST)
 
     def expire(self) -> None:
         """End the sessions whose head has been silent for longer than it promised."""
+        now = self._clock()
+        for session in self._sessions.values():
+            if session.n_owed:  # it is not the head who lets us wait
+                with suppress(LeaseExpired):
+                    session.stage.leases.renew(session.request.session, now=now)
         for stage in self._stages.values():
-            for lease in stage.leases.expire(now=self._clock()):
-                self._end(lease.session, ErrorCode.DEADLINE_EXCEEDED)
+            for lease in stage.leases.expire(now=now):
+                self._end(self._sessions[lease.session], ErrorCode.DEADLINE_EXCEEDED)
 
     def refuse_new(self) -> None:
         """Take no new sessions: the node is stopping."""
@@ -140,30 +143,32 @@ class StageServer:
 
     async def aclose(self) -> None:
         """End every session, telling its head."""
-        for name in list(self._sessions):
-            self._end(name, ErrorCode.SHUTTING_DOWN)
+        for session in list(self._sessions.values()):
+            self._end(session, ErrorCode.SHUTTING_DOWN)
         await self._tasks.join(timeout_s=2.0)
         await self._tasks.aclose()
 
-    async def _open(self, head: str, request: OpenSession) -> SessionOpened:
-        stage = self._admit(request)
-        try:
-            stage.leases.grant(request.session, n_tokens=request.n_tokens, now=self._clock())
-        except CacheFull as error:
-            raise RefusedByPeer(ErrorCode.CACHE_FULL) from error
+    def _open(self, head: str, request: OpenSession) -> Coroutine[Any, Any, SessionOpened]:
+        """Admit a session here and now, so that a CloseSession right behind it finds it."""
+        stage, name, n_tokens = self._admit(request), request.session, request.n_tokens
+        stage.leases.grant(name, n_tokens=n_tokens, now=self._clock())
         session = _Session(request, head, stage, asyncio.Queue(MAX_QUEUED_FORWARDS))
-        self._sessions[request.session] = session
+        self._sessions[name] = session
         self._is_idle.clear()
-        engine = stage.engine
+        opened = self._worker.run(lambda: stage.engine.open_session(name, n_tokens))
+        return self._opened(session, opened)
+
+    async def _opened(self, session: _Session, opened: Awaitable[object]) -> SessionOpened:
+        name = session.request.session
         try:
-            await self._worker.run(lambda: engine.open_session(request.session, request.n_tokens))
+            await opened
         except BaseException:
-            self._end(request.session, None)
+            self._end(session, None)
             raise
-        if self._sessions.get(request.session) is not session:
-            raise RefusedByPeer(ErrorCode.PEER_LOST)  # ended while it was being opened
-        session.task = self._tasks.spawn(self._run(session), f"session {request.session}")
-        return SessionOpened(session=request.session)
+        if self._sessions.get(name) is not session:
+            raise RefusedByPeer(session.ended_by or ErrorCode.UNKNOWN_SESSION)
+        session.task = self._tasks.spawn(self._run(session), f"session {name}")
+        return SessionOpened(session=name)
 
     def _admit(self, request: OpenSession) -> LoadedStage:
         if self._is_refusing:
@@ -180,6 +185,9 @@ class StageServer:
     def take_forward(self, sender: str, message: Forward, tensors: Mapping[str, Tensor]) -> None:
         """Queue the hidden states of one step.
 
+        A frame may begin before the session's end, to replay what was lost further on: the rows
+        behind its position are then forgotten. But each has a new step, and none leaves a gap.
+
         Raises:
             WrongFrame, WrongTensor: the frame contradicts the session; nothing of it is used.
         """
@@ -188,10 +196,14 @@ class StageServer:
             # Ordinary when a session was cancelled while frames were on their way.
             return
         request, stage = session.request, session.stage
+        if message.stage_idx == stage.route.n_stages and session.head == self._switch.own_peer_id:
+            return  # the same at the head, whose own stage has yet to hear of the end
         if sender != request.previous:
             raise WrongFrame(ErrorCode.NOT_A_MEMBER, "a frame from outside the session's pipeline")
         if message.epoch != request.epoch or message.stage_idx != request.stage_idx:
             raise WrongFrame(ErrorCode.WRONG_EPOCH, "a frame of another epoch or stage")
+        if len(message.trace) != request.stage_idx:
+            raise WrongFrame(ErrorCode.MALFORMED_FRAME, "a frame with a trace of other stages")
         border = stage.route.codecs[request.stage_idx]
         tensor = tensors.get("hidden")
         hidden = unpack(
@@ -201,33 +213,38 @@ class StageServer:
             hidden_size=stage.engine.hidden_size,
             max_tokens=MAX_CHUNK_TOKENS,
         )
-        n_tokens = hidden.shape[0]
+        n_tokens = len(hidden)
         if message.codec != border or message.n_return > n_tokens:
             raise WrongTensor("a frame with another codec than the plan's, or too much to return")
-        if message.position > session.position:
-            raise WrongFrame(ErrorCode.WRONG_POSITION, "a frame beyond the session's position")
+        if message.step <= session.step or message.position > session.position:
+            raise WrongFrame(ErrorCode.WRONG_POSITION, "a frame repeated, or beyond the session")
         if message.position + n_tokens > request.n_tokens or session.forwards.full():
             raise WrongFrame(ErrorCode.CACHE_FULL, "a frame beyond the session's lease")
-        session.position = message.position + n_tokens
+        session.step, session.position = message.step, message.position + n_tokens
+        session.n_owed += 1
         nbytes = len(tensor.data) if tensor is not None else 0
         session.forwards.put_nowait((message, hidden, nbytes))
 
     def _close_asked(self, sender: str, message: CloseSession, _: Mapping[str, Tensor]) -> None:
         session = self._sessions.get(message.session)
         if session is not None and session.head == sender:
-            self._end(message.session, None)
+            self._end(session, None)
 
     async def _run(self, session: _Session) -> None:
-        name, stage = session.request.session, session.stage
+        name, leases = session.request.session, session.stage.leases
+        code = ErrorCode.INTERNAL  # of a bug, which `Tasks` logs
         try:
             while True:
                 message, hidden, nbytes = await session.forwards.get()
-                stage.leases.renew(name, now=self._clock())
+                leases.renew(name, now=self._clock())
                 await self._step(session, message, hidden, nbytes)
+                session.n_owed -= 1
+                leases.renew(name, now=self._clock())
         except CoveyError as error:
             logger.warning("session failed: %s", error, extra={"session": name})
-            lost = isinstance(error, TransportError)
-            self._end(name, ErrorCode.PEER_LOST if lost else code_of(error))
+            code = code_of(error)
+        finally:
+            self._end(session, code)
 
     async def _step(
         self, session: _Session, message: Forward, hidden: HiddenStates, nbytes: int
@@ -260,25 +277,28 @@ class StageServer:
         )
         await self._switch.send(request.next, onward, tensors)
 
-    def _end(self, name: str, code: ErrorCode | None) -> None:
+    def _end(self, session: _Session, code: ErrorCode | None) -> None:
         """Forget a session and free its lease; with a code, its head is told."""
-        session = self._sessions.pop(name, None)
-        if session is None:
+        name, engine = session.request.session, session.stage.engine
+        if self._sessions.get(name) is not session:
             return
+        del self._sessions[name]
+        session.ended_by = code
         if not self._sessions:
             self._is_idle.set()
         session.stage.leases.release(name)
-        current = asyncio.current_task()
-        if session.task is not None and session.task is not current:
+        if session.task is not None and session.task is not asyncio.current_task():
             session.task.cancel()
-        self._tasks.spawn(self._clean_up(session, code), "end of session")
-
-    async def _clean_up(self, session: _Session, code: ErrorCode | None) -> None:
-        name, engine = session.request.session, session.stage.engine
+        # Queued at once: behind the forward that runs, before whatever is opened from now on, so
+        # that the memory is free by then and a new session of this name keeps its own.
+        self._worker.run(lambda: engine.close_session(name))
         if code is not None:
-            failed = SessionFailed(session=name, stage_idx=session.request.stage_idx, code=code)
-            try:
-                await self._switch.send(session.head, failed)
-            except TransportError:
-                logger.debug("the head left before its session failed", extra={"session": name})
-        await self._worker.run(lambda: engine.close_session(name))
+            self._tasks.spawn(self._tell_head(session, code), "end of session")
+
+    async def _tell_head(self, session: _Session, code: ErrorCode) -> None:
+        name = session.request.session
+        failed = SessionFailed(session=name, stage_idx=session.request.stage_idx, code=code)
+        try:
+            await self._switch.send(session.head, failed)
+        except TransportError:
+            logger.debug("the head left before its session failed", extra={"session": name})

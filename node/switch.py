@@ -8,7 +8,8 @@ to their handler in the order in which they arrived.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from covey.errors import CoveyError
@@ -17,23 +18,45 @@ from covey.transport.errors import (
     LinkTimeout,
     ProtocolViolation,
     RefusedByPeer,
+    TransportError,
 )
 from covey.transport.frame import Frame, Tensor
 from covey.transport.messages import AnyMessage, Failure, Message
 from covey.transport.peer import Peer
 
+from .engine.errors import CacheFull, LeaseExpired, UnknownSession
 from .tasks import Tasks
 
 #: Takes (sender, message, tensors); raising a ProtocolViolation closes the sender's link.
 OneWay = Callable[[str, Any, Mapping[str, Tensor]], None]
-#: Takes (sender, message) and returns the answer; an error with a `.code` becomes a Failure.
-Request = Callable[[str, Any], Awaitable[AnyMessage]]
+#: Takes (sender, message) and returns the answer; a CoveyError becomes a Failure with its code.
+#: It is called as soon as the request has come, so what a plain function does before it returns
+#: its coroutine keeps the order of the sender's frames.
+Request = Callable[[str, Any], Coroutine[Any, Any, AnyMessage]]
+
+#: Codes of errors that do not know the wire themselves, most special first.
+_CODES: Mapping[type[CoveyError], ErrorCode] = MappingProxyType(
+    {
+        CacheFull: ErrorCode.CACHE_FULL,
+        LeaseExpired: ErrorCode.DEADLINE_EXCEEDED,
+        UnknownSession: ErrorCode.UNKNOWN_SESSION,
+        TransportError: ErrorCode.PEER_LOST,
+    }
+)
 
 
 class UnexpectedMessage(ProtocolViolation):
     """A message of a kind that nobody here handles; its link is closed."""
 
     code = ErrorCode.UNKNOWN_MESSAGE
+
+
+class WrongFrame(ProtocolViolation):
+    """A session's frame that contradicts its plan or what went before; its link is closed."""
+
+    def __init__(self, code: ErrorCode, text: str) -> None:
+        super().__init__(text)
+        self.code = code
 
 
 class Switch:
@@ -51,7 +74,7 @@ class Switch:
         self._one_way[kind] = handler
 
     def on_request(self, kind: type[Message], handler: Request) -> None:
-        """Handle requests of a kind; each runs in a task of its own."""
+        """Handle requests of a kind; the coroutine of each runs in a task of its own."""
         self._requests[kind] = handler
 
     async def send(
@@ -77,9 +100,11 @@ class Switch:
         if to == self.own_peer_id:
             try:
                 async with asyncio.timeout(timeout_s):
-                    return await self._answer(to, message)
+                    return await self._begin(to, message)
             except TimeoutError as error:
                 raise LinkTimeout(type(message).__name__, timeout_s) from error
+            except CoveyError as error:
+                raise RefusedByPeer(code_of(error)) from error
         peer = await self._find_peer(to)
         return (await peer.request(message, timeout_s=timeout_s)).message
 
@@ -91,7 +116,7 @@ class Switch:
         """
         kind = type(frame.message)
         if frame.request is not None:
-            self._tasks.spawn(self._serve(peer, frame), "answer")
+            self._take_request(peer, frame)
         elif kind in self._one_way:
             self._one_way[kind](peer.peer_id, frame.message, frame.tensors)
         else:
@@ -101,26 +126,38 @@ class Switch:
         """Cancel the requests that are being answered."""
         await self._tasks.aclose()
 
-    async def _serve(self, peer: Peer, frame: Frame) -> None:
+    def _take_request(self, peer: Peer, frame: Frame) -> None:
         try:
-            answer = await self._answer(peer.peer_id, frame.message)
-        except RefusedByPeer as error:
-            answer = Failure(code=error.code)
-        peer.reply(frame, answer)
+            answer = self._begin(peer.peer_id, frame.message)
+        except CoveyError as error:
+            peer.reply(frame, Failure(code=code_of(error)))
+            return
+        task = self._tasks.spawn(self._serve(peer, frame, answer), "answer")
+        task.add_done_callback(lambda _: answer.close())  # were it cancelled before it began
 
-    async def _answer(self, sender: str, message: AnyMessage) -> AnyMessage:
+    def _begin(self, sender: str, message: AnyMessage) -> Coroutine[Any, Any, AnyMessage]:
         handler = self._requests.get(type(message))
         if handler is None:
             raise RefusedByPeer(ErrorCode.UNKNOWN_MESSAGE)
+        return handler(sender, message)
+
+    async def _serve(self, peer: Peer, frame: Frame, answer: Awaitable[AnyMessage]) -> None:
+        reply: AnyMessage = Failure(code=ErrorCode.INTERNAL)  # of a bug, which `Tasks` logs
         try:
-            return await handler(sender, message)
+            reply = await answer
         except CoveyError as error:
-            raise RefusedByPeer(code_of(error)) from error
+            reply = Failure(code=code_of(error))
+        except asyncio.CancelledError:
+            reply = Failure(code=ErrorCode.SHUTTING_DOWN)
+            raise
+        finally:
+            peer.reply(frame, reply)
 
 
 def code_of(error: CoveyError) -> ErrorCode:
-    """The wire's code for an error: its own, or `internal` for one that has none."""
-    if isinstance(error, ProtocolViolation | RefusedByPeer):
-        return error.code
+    """The wire's code for an error: its own, or `internal` for one that a peer cannot act on."""
     code = getattr(error, "code", None)
-    return code if isinstance(code, ErrorCode) else ErrorCode.INTERNAL
+    if isinstance(code, ErrorCode):
+        return code
+    codes = (code for kind, code in _CODES.items() if isinstance(error, kind))
+    return next(codes, ErrorCode.INTERNAL)

@@ -18,10 +18,13 @@ class Tasks:
 
     def __init__(self) -> None:
         self._running: set[asyncio.Task[None]] = set()
+        self._is_closed = False
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        """Start a task that this set owns."""
+        """Start a task that this set owns; once the set is closed, it never begins."""
         task = asyncio.create_task(work, name=name)
+        if self._is_closed:
+            task.cancel()
         self._running.add(task)
         task.add_done_callback(self._finished)
         return task
@@ -33,6 +36,7 @@ class Tasks:
 
     async def aclose(self) -> None:
         """Cancel what runs and wait until it has ended."""
+        self._is_closed = True
         while self._running:
             for task in self._running:
                 task.cancel()

@@ -11,8 +11,13 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
+
+from covey.transport.errors import ErrorCode
+
+from .errors import NodeError
 
 T = TypeVar("T")
 
@@ -26,6 +31,15 @@ class Done(Generic[T]):
     compute_s: float
 
 
+class WorkerClosed(NodeError):
+    """The node is stopping: the job was not run."""
+
+    code = ErrorCode.SHUTTING_DOWN
+
+    def __init__(self) -> None:
+        super().__init__("this node is stopping")
+
+
 class Worker:
     """Runs jobs on its own thread; `close` lets the running job end and drops the rest."""
 
@@ -36,21 +50,25 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    async def run(self, job: Callable[[], T]) -> Done[T]:
-        """Run `job` on the thread. Cancelling drops it if it has not begun.
+    def run(self, job: Callable[[], T]) -> asyncio.Future[Done[T]]:
+        """Queue `job` for the thread, here and now, after all that was queued before.
 
-        Raises:
-            RuntimeError: the worker is closed.
-            Anything that `job` raises.
+        Returns:
+            A future of its outcome. Cancelling it drops the job if it has not begun. It raises
+            what `job` raises, or WorkerClosed if the worker was closed before the job began.
         """
-        if self._is_closed:
-            raise RuntimeError("the worker is closed")
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Done[T]] = loop.create_future()
+        if self._is_closed:
+            future.set_exception(WorkerClosed())
+            return future
         submitted = time.perf_counter()
 
         def call() -> None:
             if future.cancelled():
+                return
+            if self._is_closed:
+                _post(loop, future, WorkerClosed())
                 return
             started = time.perf_counter()
             try:
@@ -62,7 +80,7 @@ class Worker:
             _post(loop, future, Done(value, started - submitted, ended - started))
 
         self._jobs.put(call)
-        return await future
+        return future
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Stop after the running job; waits at most `timeout_s` for it."""
@@ -73,6 +91,7 @@ class Worker:
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
             job()
+            del job  # or the weights that the last job used would live until the next one comes
 
 
 def _post(
@@ -89,5 +108,5 @@ def _post(
             future.set_result(outcome)
 
     # The loop may be gone when the node stops while a job runs; nobody waits then.
-    if not loop.is_closed():
+    with suppress(RuntimeError):
         loop.call_soon_threadsafe(settle)
