@@ -6,19 +6,14 @@ blocks that the planner needs them all. The text must equal that of one process.
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from types import FrameType
+from typing import Annotated, Any
 
 import typer
 
@@ -26,23 +21,10 @@ from covey.client import Client, ClientError, Generation
 from covey.errors import CoveyError
 
 from . import options
+from .child import NodeProcess, wait_for
 from .render import err, out, print_json, seconds, size, table
 
-T = TypeVar("T")
-
-START_S = 120.0  # per node; a Raspberry Pi imports torch for half a minute
 PLAN_S = 120.0
-POLL_S = 0.1
-STOP_S = 20.0
-
-
-@dataclass(frozen=True, slots=True)
-class Child:
-    """One node process and what it said when it was up."""
-
-    process: subprocess.Popen[str]
-    home: Path
-    facts: dict[str, Any]
 
 
 def demo(
@@ -56,6 +38,7 @@ def demo(
     as_json: options.AsJson = False,
 ) -> None:
     """Start several nodes here, let them share a model, and check the text they make."""
+    signal.signal(signal.SIGTERM, _end)
     folder = Path(tempfile.mkdtemp(prefix="covey-demo-"))
     try:
         with ExitStack() as stack:
@@ -90,14 +73,18 @@ def _demo(
     if n_nodes > n_blocks:
         raise CoveyError(f"{model} has {n_blocks} blocks: at most that many --nodes")
     cap = _cap(n_blocks, n_nodes)
-    first = stack.enter_context(_node(folder, 0, ["up", model], cap))
-    arguments = ["join", first.facts["invite"], "--model", model]
-    children = [first] + [
-        stack.enter_context(_node(folder, idx, arguments, cap)) for idx in range(1, n_nodes)
-    ]
-    client = stack.enter_context(Client(home=first.home))
+    with err.status("starting node 0"):
+        first = stack.enter_context(_node(folder, 0, ["up", model], cap))
+        client = stack.enter_context(Client(home=Path(first.facts["home"])))
+        arguments = ["join", client.invite(uses=n_nodes - 1), "--model", model]
+    with err.status(f"starting {n_nodes - 1} more"):
+        children = [first] + [
+            stack.enter_context(_node(folder, idx, arguments, cap)) for idx in range(1, n_nodes)
+        ]
+        for child in children:
+            child.wait_until_up()
     with err.status(f"waiting for a plan over {n_nodes} nodes of at most {cap} blocks each"):
-        _wait_for(lambda: _is_planned(client, model, n_nodes, children), PLAN_S, "no plan")
+        wait_for(lambda: _is_planned(client, model, n_nodes, children), PLAN_S, "no plan")
     if not quiet:
         _show_members(client.status())
     result = _ask(client, model, prompt, max_tokens, quiet=quiet)
@@ -119,81 +106,35 @@ def _demo(
     return facts
 
 
+def _end(_number: int, _frame: FrameType | None) -> None:
+    """End as by Ctrl-C, so that a `kill` leaves no folder either."""
+    sys.exit(128 + signal.SIGTERM)
+
+
 def _cap(n_blocks: int, n_nodes: int) -> int:
     """The largest share with which one node less would not be enough."""
     return min((n_blocks - 1) // (n_nodes - 1), -(-n_blocks // n_nodes) + 1)
 
 
-@contextmanager
-def _node(folder: Path, idx: int, arguments: list[str], cap: int) -> Iterator[Child]:
-    """A node process from its start to its end; one that does not stop is killed."""
-    home = folder / f"node-{idx}"
-    home.mkdir()
-    log_path = home / "node.log"
-    command = [
-        *(sys.executable, "-m", "covey.cli", *arguments, "--json", "--verbose"),
-        *("--name", f"node-{idx}", "--home", str(home), "--max-blocks", str(cap)),
-        *("--host", "127.0.0.1", "--api-port", "0", "--no-mdns"),
-    ]
-    with log_path.open("w") as log:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            # Ctrl-C reaches this process only, which then stops its nodes in good order.
-            start_new_session=True,
-        )
-    try:
-        with err.status(f"starting node {idx}"):
-            facts = _first_line(process, log_path)
-        yield Child(process, home, facts)
-    finally:
-        _stop(process)
+def _node(folder: Path, idx: int, arguments: list[str], cap: int) -> NodeProcess:
+    return NodeProcess(
+        [
+            *(*arguments, "--name", f"node-{idx}", "--max-blocks", str(cap)),
+            *("--host", "127.0.0.1", "--api-port", "0", "--no-mdns"),
+        ],
+        home=folder / f"node-{idx}",
+    )
 
 
-def _first_line(process: subprocess.Popen[str], log_path: Path) -> dict[str, Any]:
-    if process.stdout is None:
-        raise CoveyError("the node has no standard output")
-    line = process.stdout.readline()
-    if not line:
-        lines = log_path.read_text(errors="replace").strip().splitlines()
-        raise CoveyError(f"a node ended at once: {lines[-1] if lines else 'it said nothing'}")
-    facts: dict[str, Any] = json.loads(line)
-    return facts
-
-
-def _stop(process: subprocess.Popen[str]) -> None:
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    if process.stdout is not None:
-        process.stdout.close()
-
-
-def _is_planned(client: Client, model: str, n_nodes: int, children: list[Child]) -> bool:
+def _is_planned(client: Client, model: str, n_nodes: int, children: list[NodeProcess]) -> bool:
     for child in children:
-        if child.process.poll() is not None:
+        if not child.is_running:
             raise CoveyError(f"a node ended before there was a plan; see {child.home}")
     try:
         active = client.plan(model)["active"]
     except ClientError:
         return False
     return active is not None and len(active["stages"]) == n_nodes
-
-
-def _wait_for(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            raise CoveyError(f"{what} within {timeout_s:g} s")
-        time.sleep(POLL_S)
 
 
 def _ask(client: Client, model: str, prompt: str, max_tokens: int, *, quiet: bool) -> Generation:

@@ -5,24 +5,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import platform
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from covey.errors import CoveyError
+from covey.transport.invite import Invite
 
 from . import options
+from .processes import until_gone, wait_until_gone
 from .render import err, out, print_json
 
 if TYPE_CHECKING:
     from covey.node.config import NodeConfig
     from covey.node.runtime import Node
 
+STOP_S = 60.0  # generations have ten, links and threads a few more
 DETACHED_START_S = 120.0  # a Raspberry Pi imports torch for half a minute
 
 Name = Annotated[str | None, typer.Option(help="What others see; this machine's name by default.")]
@@ -53,7 +58,24 @@ Prefer = Annotated[str, typer.Option(help="What plans aim at: latency, throughpu
 Context = Annotated[int, typer.Option(min=16, help="Longest session to keep room for, in tokens.")]
 Mdns = Annotated[bool, typer.Option(help="Find members on the local network by themselves.")]
 Detach = Annotated[bool, typer.Option("--detach", help="Run in the background.")]
+ExitWith = Annotated[
+    int | None, typer.Option("--exit-with", hidden=True, help="Stop when this process is gone.")
+]
+DiscardHome = Annotated[
+    bool, typer.Option("--discard-home", hidden=True, help="Remove --home at the end.")
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens to stderr.")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """How a node comes up and what it goes down with."""
+
+    invite: str | None = None
+    may_found: bool = False
+    exit_with: int | None = None  # a process id
+    discard_home: bool = False
+    as_json: bool
 
 
 def up(
@@ -74,6 +96,7 @@ def up(
     mdns: Mdns = True,
     detach: Detach = False,
     verbose: Verbose = False,
+    exit_with: ExitWith = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Start a swarm on this machine, or go on with the one in --home, and print an invite."""
@@ -97,7 +120,8 @@ def up(
         context_tokens=context,
         mdns=mdns,
     )
-    _run(config, invite=None, may_found=True, verbose=verbose, as_json=as_json)
+    how = Start(may_found=True, exit_with=exit_with, as_json=as_json)
+    _run(config, how, verbose=verbose)
 
 
 def join(
@@ -121,6 +145,8 @@ def join(
     mdns: Mdns = True,
     detach: Detach = False,
     verbose: Verbose = False,
+    exit_with: ExitWith = None,
+    discard_home: DiscardHome = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Join the swarm that INVITE is from, or come back to the one in --home."""
@@ -144,7 +170,8 @@ def join(
         context_tokens=context,
         mdns=mdns,
     )
-    _run(config, invite=invite, may_found=False, verbose=verbose, as_json=as_json)
+    how = Start(invite=invite, exit_with=exit_with, discard_home=discard_home, as_json=as_json)
+    _run(config, how, verbose=verbose)
 
 
 def invite(
@@ -173,7 +200,8 @@ def stop(home: options.Home = None, as_json: options.AsJson = False) -> None:
         node = find_local_node(home)
         client.stop()
     if node is not None:
-        _wait_for_end(node.pid)
+        with err.status("waiting for its generations to finish"):
+            wait_until_gone(node.pid, STOP_S)
     if as_json:
         print_json({"stopped": True, "pid": node.pid if node else None})
     else:
@@ -192,9 +220,7 @@ def _config(home: Path | None, name: str | None, *, memory: str | None, **rest: 
     )
 
 
-def _run(
-    config: NodeConfig, *, invite: str | None, may_found: bool, verbose: bool, as_json: bool
-) -> None:
+def _run(config: NodeConfig, how: Start, *, verbose: bool) -> None:
     import uvloop
 
     logging.basicConfig(
@@ -202,25 +228,42 @@ def _run(
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
-    uvloop.run(_serve(config, invite=invite, may_found=may_found, as_json=as_json))
+    uvloop.run(_serve(config, how))
 
 
-async def _serve(config: NodeConfig, *, invite: str | None, may_found: bool, as_json: bool) -> None:
+async def _serve(config: NodeConfig, how: Start) -> None:
+    if how.invite is not None:
+        # A mistyped one is refused at once, and not after the engine was loaded.
+        Invite.parse(how.invite, unix_time=time.time())
     with err.status("starting the engine"):
         from covey.node.runtime import running_node
-    status = err.status("joining the swarm" if invite else "opening the model")
+    status = err.status("joining the swarm" if how.invite else "opening the model")
     status.start()
     try:
-        async with running_node(config, invite=invite, may_found=may_found) as node:
+        async with running_node(config, invite=how.invite, may_found=how.may_found) as node:
             loop = asyncio.get_running_loop()
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, _asked_to_stop, node, number)
             status.stop()
-            _announce(node, as_json=as_json)
-            await node.wait()
+            _announce(node, as_json=how.as_json)
+            await _until_stopped(node, how.exit_with)
             err.print("stopping: finishing what runs (again Ctrl-C ends at once)")
     finally:
         status.stop()
+    if how.discard_home:
+        shutil.rmtree(config.home, ignore_errors=True)
+
+
+async def _until_stopped(node: Node, parent_pid: int | None) -> None:
+    if parent_pid is None:
+        await node.wait()
+        return
+    watch = asyncio.create_task(until_gone(parent_pid), name="watch of the parent")
+    watch.add_done_callback(lambda _: node.request_stop())
+    try:
+        await node.wait()
+    finally:
+        watch.cancel()
 
 
 def _asked_to_stop(node: Node, number: signal.Signals) -> None:
@@ -276,15 +319,3 @@ def _detach(home: Path | None, *, as_json: bool) -> None:
         print_json({"url": node.url, "pid": node.pid, "home": str(folder)})
     else:
         out.print(f"node {node.pid} runs in the background, API {node.url}/v1, log {log_path}")
-
-
-def _wait_for_end(pid: int) -> None:
-    import psutil
-
-    with err.status("waiting for its generations to finish"):
-        try:
-            psutil.Process(pid).wait(timeout=60)
-        except psutil.NoSuchProcess:
-            return
-        except psutil.TimeoutExpired as error:
-            raise CoveyError(f"process {pid} still runs after a minute") from error

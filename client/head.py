@@ -1,12 +1,13 @@
 """A head-only node as a child process: it tokenises and samples here and holds no blocks.
 
 It is started when there is an invite, or a saved swarm and no running node, and stopped with the
-client that started it (also when the interpreter ends without a `close`). Blocking throughout;
-the async client calls it in a thread.
+client that started it (also when the interpreter ends without a `close`, or is killed). Blocking
+throughout; the async client calls it in a thread.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,13 +26,18 @@ POLL_S = 0.05
 MAX_STDERR_BYTES = 4096  # of its end, to find the last line
 
 
-def join_command(home: Path, invite: str | None) -> list[str]:
-    """The command line of a head-only node; without an invite it uses the swarm in `home`."""
+def join_command(home: Path, invite: str | None, *, is_home_ours: bool) -> list[str]:
+    """The command line of a head-only node; without an invite it uses the swarm in `home`.
+
+    It stops when this process is gone, and then also removes a home that was made for it.
+    """
     return [
         *(sys.executable, "-m", "covey.cli", "join"),
         *(() if invite is None else (invite,)),
         *("--max-blocks", "0", "--home", str(home)),
         *("--port", "0", "--api-port", "0", "--json"),
+        *("--exit-with", str(os.getpid())),
+        *(("--discard-home",) if is_home_ours else ()),
     ]
 
 
@@ -52,7 +58,7 @@ class HeadOnlyNode:
         self._home = home
         self._stderr = tempfile.TemporaryFile()  # a pipe would fill up  # noqa: SIM115
         self._process = subprocess.Popen(
-            join_command(home, invite),
+            join_command(home, invite, is_home_ours=folder is not None),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=self._stderr,

@@ -105,9 +105,11 @@ def test_anything_else_is_refused(given: str) -> None:
 
 def test_the_command_of_a_head_only_node() -> None:
     tail = ["--max-blocks", "0", "--home", "/h", "--port", "0", "--api-port", "0", "--json"]
+    tail += ["--exit-with", str(os.getpid())]
     head = [sys.executable, "-m", "covey.cli", "join"]
-    assert join_command(Path("/h"), "covey1abc") == [*head, "covey1abc", *tail]
-    assert join_command(Path("/h"), None) == [*head, *tail]
+    made_for_it = join_command(Path("/h"), "covey1abc", is_home_ours=True)
+    assert made_for_it == [*head, "covey1abc", *tail, "--discard-home"]
+    assert join_command(Path("/h"), None, is_home_ours=False) == [*head, *tail]
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])

@@ -1,0 +1,130 @@
+"""Swarms of real node processes on loopback: started, looked at, and always ended."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from covey.cli.child import NodeProcess, wait_for
+from covey.client import Client, ClientError
+
+MODEL = "smollm2"
+N_BLOCKS = 30
+PLAN_S = 90.0  # generous: the machine that runs tests does other things too
+LOOPBACK = ("--host", "127.0.0.1", "--api-port", "0", "--no-mdns", "--threads", "1")
+
+
+@dataclass(slots=True)
+class Member:
+    """One node of a swarm; `process` may be replaced by a later one in the same home."""
+
+    name: str
+    max_blocks: int
+    process: NodeProcess
+    client: Client
+
+    def status(self) -> dict[str, Any]:
+        """What the node says of itself now."""
+        return self.client.status()
+
+    def come_back(self) -> None:
+        """Start it again in its home, without an invite, as after a power cut."""
+        self.client.close()
+        arguments = ["join", "--model", MODEL, *_options(self.name, self.max_blocks)]
+        self.process = NodeProcess(arguments, home=self.process.home)
+        self.process.wait_until_up()
+        self.client = Client(home=self.process.home)
+
+    def stop(self) -> None:
+        """End it and the connections to it."""
+        self.client.close()
+        self.process.stop()
+
+
+@dataclass(frozen=True, slots=True)
+class Swarm:
+    """The members, founder first."""
+
+    members: tuple[Member, ...]
+
+    @property
+    def head(self) -> Client:
+        """A client of the founder."""
+        return self.members[0].client
+
+    def n_sessions(self) -> int:
+        """Sessions that any member serves now, as head or as stage."""
+        sessions = [member.status()["sessions"] for member in self.members]
+        return sum(facts["as_head"] + facts["as_stage"] for facts in sessions)
+
+    def mend(self) -> None:
+        """Start again who has ended, and wait for the plan."""
+        for member in self.members:
+            if not member.process.is_running:
+                member.come_back()
+        wait_for(self.is_planned, PLAN_S, "no plan over all members")
+
+    def is_planned(self) -> bool:
+        """Whether every member has the same active plan, over all members."""
+        plans = []
+        for member in self.members:
+            if not member.process.is_running:
+                raise RuntimeError(f"{member.name} ended: {member.process.log_tail(5)}")
+            try:
+                plans.append(member.client.plan(MODEL)["active"])
+            except ClientError:
+                return False
+        first = plans[0]
+        if first is None or any(plan is None for plan in plans):
+            return False
+        same = all(plan["stages"] == first["stages"] for plan in plans)
+        return same and len(first["stages"]) == len(self.members)
+
+
+@contextmanager
+def running_swarm(folder: Path, caps: Sequence[int]) -> Iterator[Swarm]:
+    """A swarm of one node per cap, planned and ready; nothing of it is left afterwards."""
+    with ExitStack() as stack:
+        founder = stack.enter_context(_node(folder, 0, ["up", MODEL], caps[0]))
+        join = ["join", founder.facts["invite"], "--model", MODEL]
+        processes = [founder] + [
+            stack.enter_context(_node(folder, idx, join, cap))
+            for idx, cap in enumerate(caps[1:], start=1)
+        ]
+        members = []
+        for idx, (process, cap) in enumerate(zip(processes, caps, strict=True)):
+            process.wait_until_up()
+            members.append(Member(f"node-{idx}", cap, process, Client(home=process.home)))
+            stack.callback(members[-1].stop)
+        swarm = Swarm(tuple(members))
+        wait_for(swarm.is_planned, PLAN_S, "no plan over all members")
+        yield swarm
+        # All at once: each takes a second to say goodbye.
+        for member in members:
+            member.process.process.terminate()
+
+
+def covey(*arguments: str, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
+    """Run one command to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "covey.cli", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout_s,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def _node(folder: Path, idx: int, arguments: list[str], cap: int) -> NodeProcess:
+    home = folder / f"node-{idx}"
+    return NodeProcess([*arguments, *_options(f"node-{idx}", cap)], home=home)
+
+
+def _options(name: str, cap: int) -> list[str]:
+    return ["--name", name, "--max-blocks", str(cap), *LOOPBACK]
