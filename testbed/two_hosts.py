@@ -1,0 +1,138 @@
+"""Two machines that share a cable and nothing else: one founds, the other pastes the invite.
+
+Each may hold 20 of the 30 blocks of SmolLM2-135M, so neither can answer alone. Homes and caches
+are separate; the model's file is the only one they share. The commands are those a person types.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.rows import Row
+
+from covey.cli.child import NodeProcess, wait_for
+
+from .namespaces import Host, join_by_cable
+
+MODEL = "smollm2"
+MAX_BLOCKS = 20
+PROMPT = "Why is the sky blue? Answer in two sentences."
+MAX_TOKENS = "48"
+PLAN_S = 90.0
+COMMAND_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """A host, its name among members and the folders of its own."""
+
+    host: Host
+    folder: Path
+
+    @property
+    def home(self) -> Path:
+        """Where its node keeps its state."""
+        return self.folder / "home"
+
+    def environment(self) -> dict[str, str]:
+        """Ours, but with the machine's own caches."""
+        folders = {"HOME": self.folder, "XDG_CACHE_HOME": self.folder / "cache"}
+        return {**os.environ, **{name: str(folder) for name, folder in folders.items()}}
+
+    def start(self, *arguments: str) -> NodeProcess:
+        """Run a node here, as `covey ARGUMENTS`."""
+        return NodeProcess(
+            [*arguments, "--name", self.host.name, "--max-blocks", str(MAX_BLOCKS)],
+            home=self.home,
+            prefix=self.host.prefix,
+            environment=self.environment(),
+        )
+
+    def covey(self, *arguments: str) -> str:
+        """What a command prints here; raises CalledProcessError if it fails."""
+        done = subprocess.run(
+            [*self.host.prefix, sys.executable, "-m", "covey.cli", *arguments],
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=COMMAND_S,
+            env={**self.environment(), "COVEY_HOME": str(self.home), "OMP_NUM_THREADS": "1"},
+        )
+        return done.stdout
+
+    def facts(self, *arguments: str) -> dict[str, Any]:
+        """What a command says with --json."""
+        facts: dict[str, Any] = json.loads(self.covey(*arguments, "--json"))
+        return facts
+
+
+def measure(folder: Path, *, mdns: bool) -> list[Row]:
+    """Run it once.
+
+    Args:
+        folder: where the machines' own folders go; must be new for each run.
+        mdns: whether they may also find each other without the invite's addresses.
+
+    Raises:
+        CoveyError, CalledProcessError, TimeoutExpired: it could not be measured.
+    """
+    option = "--mdns" if mdns else "--no-mdns"
+    with _two_machines(folder) as (first, second):
+        reference = first.covey("run", MODEL, PROMPT, "--max-tokens", MAX_TOKENS, "--alone")
+        began_at = time.monotonic()
+        with first.start("up", MODEL, option) as founder:
+            invite = founder.facts["invite"]
+            invited_s = time.monotonic() - began_at
+            with second.start("join", invite, "--model", MODEL, option) as joiner:
+                joiner.wait_until_up()
+                wait_for(lambda: _is_planned(second), PLAN_S, "no plan over both hosts")
+                planned_s = time.monotonic() - began_at
+                text = second.covey("run", MODEL, PROMPT, "--max-tokens", MAX_TOKENS)
+                stages = [machine.facts("status")["stages"] for machine in (first, second)]
+    rows = [
+        Row("first command to invite, s", invited_s),
+        Row("first command to plan over both, s", planned_s),
+        Row("text on the second host equals one process", float(text == reference), 1, "at least"),
+    ]
+    for name, (stage,) in zip(("first", "second"), stages, strict=True):
+        start, end = stage["span"]
+        rows += [
+            Row(f"blocks on the {name} host", end - start, MAX_BLOCKS),
+            Row(f"steps done by the {name} host", stage["forwards"], int(MAX_TOKENS), "at least"),
+            Row("bytes of hidden states it received", stage["received_bytes"], 1, "at least"),
+        ]
+    return rows
+
+
+@contextmanager
+def _two_machines(folder: Path) -> Iterator[tuple[Machine, Machine]]:
+    machines = []
+    for name in ("first", "second"):
+        (folder / name).mkdir(parents=True)
+        machines.append(Machine(Host.create(name), folder / name))
+    first, second = machines
+    try:
+        join_by_cable(
+            first.host,
+            second.host,
+            left_address="198.51.100.1/24",
+            right_address="198.51.100.2/24",
+        )
+        yield first, second
+    finally:
+        for machine in machines:
+            machine.host.remove()
+
+
+def _is_planned(machine: Machine) -> bool:
+    active = machine.facts("plan", MODEL)["active"]
+    return active is not None and len(active["stages"]) == 2
