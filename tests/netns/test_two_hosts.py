@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
 from testbed.namespaces import LabUnavailable, check_available
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +28,8 @@ def test_a_machine_that_pastes_the_invite_shares_the_model() -> None:
         text=True,
         check=False,
         timeout=170,
+        # The lab is not installed: it is found in the checkout, which pytest's runs keep off.
+        env={k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"},
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
