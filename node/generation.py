@@ -185,36 +185,33 @@ class _Run:
         stream, matcher = self._model.tokenizer.stream(), StopMatcher(self._params.stop)
         result = await self._prefill(session)
         first_at = last_at = time.perf_counter()
-        step_began_at: float | None = None
         reason: FinishReason = "length"
         n_generated, stopped = 0, False
         while True:
             is_last = n_generated + 1 == self._max_tokens
             sampled, fed_back, head_s = await self._sample(result.hidden, is_last=is_last)
-            last_at = time.perf_counter()
-            if n_generated == 0:
-                first_at = last_at
+            began_at, last_at = last_at, time.perf_counter()
             if sampled.id in self._model.tokenizer.eos_ids:
                 reason = "stop"
                 break
             self._tokens.append(sampled.id)
             n_generated += 1
             self._owner.n_tokens += 1
-            text, stopped = matcher.push(stream.push(sampled.id))
             timing = None
-            if step_began_at is not None:
-                timing = _step_timing(last_at - step_began_at, result.trace, head_s)
-            yield Delta(
-                text=text, token_id=sampled.id, logprob=self._logprob(sampled), timing=timing
-            )
+            if n_generated == 1:
+                first_at = last_at
+            else:
+                timing = _step_timing(last_at - began_at, result.trace, head_s)
+            # The stages work on the next token while this one is decoded, sent and read.
+            ahead = None if fed_back is None else await self._send_ahead(session, fed_back)
+            text, stopped = matcher.push(stream.push(sampled.id))
+            logprob = self._logprob(sampled)
+            yield Delta(text=text, token_id=sampled.id, logprob=logprob, timing=timing)
             if stopped:
                 reason = "stop"
-            if stopped or fed_back is None:
+            if stopped or ahead is None:
                 break
-            step_began_at = time.perf_counter()
-            result = await self._within(
-                session.step(fed_back, position=len(self._tokens) - 1, n_return=1)
-            )
+            result = await self._within(session.wait(ahead))
             self._totals.add(result)
         tail = ""
         if not stopped:
@@ -224,6 +221,19 @@ class _Run:
         if n_generated > 1:
             self._owner.tok_per_s = (n_generated - 1) / (last_at - first_at)
         yield self._finished(reason, tail, n_generated, first_at, last_at)
+
+    async def _send_ahead(
+        self, session: PipelineSession, hidden: HiddenStates
+    ) -> asyncio.Future[StepResult]:
+        """Send the newest token; a failure is for whoever waits, the token before it is good."""
+        position = len(self._tokens) - 1
+        try:
+            return await self._within(session.send(hidden, position=position, n_return=1))
+        except SessionFailed as error:
+            failed: asyncio.Future[StepResult] = asyncio.get_running_loop().create_future()
+            failed.set_exception(error)
+            failed.exception()  # seen: a stop text may end the generation before anybody waits
+            return failed
 
     async def _prefill(self, session: PipelineSession) -> StepResult:
         """Send the prompt in chunks, a few in flight so that no stage waits; returns the last."""

@@ -100,15 +100,6 @@ class PipelineSession:
             raise self.fail(code_of(error), text) from error
         return future
 
-    async def step(self, hidden: HiddenStates, *, position: int, n_return: int) -> StepResult:
-        """Send and wait for the return.
-
-        Raises:
-            Failed: the session is over.
-        """
-        future = await self.send(hidden, position=position, n_return=n_return)
-        return await self.wait(future)
-
     async def wait(self, future: asyncio.Future[StepResult]) -> StepResult:
         """Wait for a step under the step's deadline; raises Failed."""
         try:

@@ -53,7 +53,7 @@ class TokenLogprob:
 class StepTiming:
     """Where the time of one decode step went; the rest is links, queues and hand-overs."""
 
-    total_s: float  # from the last token's embedding to this token
+    total_s: float  # from the last token to this one, a reader slower than that included
     stages_s: float  # compute of all stages, as they report it
     head_s: float  # logits, sampling and the next embedding
 

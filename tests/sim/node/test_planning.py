@@ -25,6 +25,7 @@ from covey.node.serving import StageServer
 from covey.node.switch import Switch
 from covey.node.worker import Done
 from covey.partition.activation import PENDING_S
+from covey.partition.profile import DeviceProfile
 from covey.store.replica import Replica
 from covey.store.views import Views
 from covey.transport.link import LinkKind
@@ -142,6 +143,26 @@ async def member(
 def model(tmp_path: Path) -> LocalModel:
     path = write_tiny_gguf(tmp_path / "tiny.gguf")
     return LocalModel("tiny", open_checkpoint(path, cache_dir=tmp_path), "fp32")
+
+
+@pytest.fixture(autouse=True)
+def equal_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured here in earnest would differ from run to run."""
+
+    def profile(model: LocalModel, config: NodeConfig, peer_id: str, _: Home) -> DeviceProfile:
+        return DeviceProfile(
+            peer_id=peer_id,
+            model_digest=model.digest,
+            dtype=model.dtype,
+            decode_s_per_block=1e-3,
+            prefill_s_per_token_per_block=1e-4,
+            head_s=1e-3,
+            memory_bytes=1 << 30,
+            disk_bytes_per_s=1e9,
+            max_blocks=config.max_blocks,
+        )
+
+    monkeypatch.setattr("covey.node.planning.device_profile", profile)
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ import pytest
 from covey.node.engine.tensors import HiddenStates
 from covey.node.errors import Busy, NotReady, SessionFailed
 from covey.node.hidden import WrongTensor
-from covey.node.pipeline import OPEN_TIMEOUT_S, STEP_TIMEOUT_S, PipelineSession
+from covey.node.pipeline import OPEN_TIMEOUT_S, STEP_TIMEOUT_S, PipelineSession, StepResult
 from covey.node.switch import WrongFrame
 from covey.transport.errors import ErrorCode, RefusedByPeer
 from covey.transport.frame import Tensor
@@ -43,6 +43,12 @@ from support.node_core import (
 
 HEAD, FIRST, LAST, STRANGER = PEERS[:4]
 ROUTE = route_of(FIRST, LAST)
+
+
+async def step(
+    session: PipelineSession, hidden: HiddenStates, *, position: int, n_return: int
+) -> StepResult:
+    return await session.wait(await session.send(hidden, position=position, n_return=n_return))
 
 
 class Stages:
@@ -365,7 +371,7 @@ async def test_sending_over_a_lost_link_fails_the_session_with_one_reason() -> N
             await it.send(rows(1))
         assert caught.value.code == "peer_lost"
         with pytest.raises(SessionFailed) as again:
-            await session.step(rows(1), position=0, n_return=1)
+            await step(session, rows(1), position=0, n_return=1)
         assert again.value is caught.value
 
 
@@ -375,7 +381,7 @@ async def test_values_beyond_the_codec_fail_the_session_and_no_frame_is_sent() -
         route = route_of(FIRST, LAST, codec="fp16")
         session = await it.head.pipelines.open("s", route, hidden_size=HIDDEN, n_tokens=9)
         with pytest.raises(SessionFailed, match="fp16"):
-            await session.step(rows(1, first=1e6), position=0, n_return=1)
+            await step(session, rows(1, first=1e6), position=0, n_return=1)
         await asyncio.sleep(2 * LINK_S)
         assert it.forwards == []
 
@@ -388,7 +394,7 @@ async def test_a_step_has_a_deadline_and_its_late_answer_harms_nothing() -> None
             peer.hold()
         began_at = it.head.clock()
         with pytest.raises(SessionFailed) as caught:
-            await session.step(rows(1), position=0, n_return=1)
+            await step(session, rows(1), position=0, n_return=1)
         assert caught.value.code == "deadline_exceeded"
         assert it.head.clock() - began_at == pytest.approx(STEP_TIMEOUT_S)
         it.give_back()
@@ -442,7 +448,7 @@ async def test_only_the_sessions_over_a_lost_peer_fail() -> None:
         head.links[LAST].break_()
         await settled()
         with pytest.raises(SessionFailed):
-            await over_both.step(rows(1), position=0, n_return=1)
-        result = await over_first.step(rows(1), position=0, n_return=1)
+            await step(over_both, rows(1), position=0, n_return=1)
+        result = await step(over_first, rows(1), position=0, n_return=1)
         assert result.hidden is not None
         assert np.array_equal(result.hidden, rows(1, first=1))
