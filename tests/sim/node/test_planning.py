@@ -69,7 +69,9 @@ class Member:
         self.swarm = swarm
         self.clock = asyncio.get_running_loop().time
         self.home = Home(swarm.folder / name)
-        self.config = NodeConfig(home=self.home.path, name=name, max_blocks=max_blocks)
+        self.config = NodeConfig(
+            home=self.home.path, name=name, max_blocks=max_blocks, prefer="latency"
+        )
         self.catalog: Any = Catalog([model])
         self.loader = InlineWorker()
         self.replica = Replica(
