@@ -18,9 +18,9 @@ from covey.transport.control import ControlPlane
 from covey.transport.control_records import ControlError, PeerRecord
 from covey.transport.errors import TransportError
 from covey.transport.mesh import Mesh
+from covey.transport.tasks import Tasks
 
 from .gossip import N_NEIGHBOURS
-from .tasks import Tasks
 
 logger = logging.getLogger(__name__)
 

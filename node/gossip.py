@@ -20,9 +20,9 @@ from covey.transport.errors import MalformedFrame, TransportError
 from covey.transport.frame import Tensor
 from covey.transport.mesh import Mesh
 from covey.transport.messages import Beat, StoreSync
+from covey.transport.tasks import Tasks
 
 from .switch import Switch
-from .tasks import Tasks
 
 logger = logging.getLogger(__name__)
 

@@ -22,6 +22,7 @@ from covey.transport.messages import (
     SessionOpened,
     StageTrace,
 )
+from covey.transport.tasks import Tasks
 
 from .engine.tensors import HiddenStates
 from .errors import Busy, NotReady
@@ -29,7 +30,6 @@ from .errors import SessionFailed as Failed
 from .hidden import WrongTensor, is_finite, pack, unpack
 from .route import Route
 from .switch import Switch, UnexpectedMessage, WrongFrame, code_of
-from .tasks import Tasks
 
 OPEN_TIMEOUT_S = 10.0  # a stage only allocates KV cache; includes dialling it
 STEP_TIMEOUT_S = 120.0  # one prefill chunk on the slowest machine we know takes seconds

@@ -29,6 +29,7 @@ from covey.transport.identity import Identity, verify
 from covey.transport.mesh import Mesh
 from covey.transport.messages import Forward, JoinRequest, Welcome
 from covey.transport.peer import Peer
+from covey.transport.tasks import Tasks
 
 from .api.server import ApiServer
 from .catalog import Catalog, LocalModel
@@ -46,7 +47,6 @@ from .route import Route
 from .service import Event, GenerationRequest, ModelEntry
 from .serving import StageServer
 from .switch import Switch
-from .tasks import Tasks
 from .worker import Worker
 
 logger = logging.getLogger(__name__)

@@ -26,6 +26,7 @@ from covey.transport.messages import (
     SessionOpened,
     StageTrace,
 )
+from covey.transport.tasks import Tasks
 
 from .engine.errors import LeaseExpired
 from .engine.lease import LeaseTable
@@ -34,7 +35,6 @@ from .engine.tensors import HiddenStates
 from .hidden import WrongTensor, pack, unpack
 from .route import Route
 from .switch import Switch, WrongFrame, code_of
-from .tasks import Tasks
 from .worker import Worker
 
 logger = logging.getLogger(__name__)

@@ -23,9 +23,9 @@ from covey.transport.errors import (
 from covey.transport.frame import Frame, Tensor
 from covey.transport.messages import AnyMessage, Failure, Message
 from covey.transport.peer import Peer
+from covey.transport.tasks import Tasks
 
 from .engine.errors import CacheFull, LeaseExpired, UnknownSession
-from .tasks import Tasks
 
 #: Takes (sender, message, tensors); raising a ProtocolViolation closes the sender's link.
 OneWay = Callable[[str, Any, Mapping[str, Tensor]], None]

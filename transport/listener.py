@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from .addresses import MAX_ADDRESSES, format_address, reachable_hosts
 from .errors import AddressInUse, TransportError
 from .preamble import PREAMBLE_BYTES, PreambleGate, Verdict
-from .tasks import TaskSet
+from .tasks import Tasks
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class Listener:
         self._gate = gate
         self._on_connection = on_connection
         self._sockets: list[socket.socket] = []
-        self._tasks = TaskSet()
+        self._tasks = Tasks()
         self._budget = AddressBudget()
         self._n_half_open = 0
         self._complained: set[str] = set()
@@ -107,7 +107,7 @@ class Listener:
             self._close_sockets()
             raise
         for listening in self._sockets:
-            self._tasks.spawn(self._accept(listening))
+            self._tasks.spawn(self._accept(listening), "accept")
 
     async def aclose(self) -> None:
         """Stop accepting, and drop whoever has not been let in yet."""
@@ -133,7 +133,7 @@ class Listener:
                 self._refuse(connection, host, "too many connections")
                 continue
             self._n_half_open += 1
-            self._tasks.spawn(self._screen(connection, host))
+            self._tasks.spawn(self._screen(connection, host), "screen")
 
     async def _screen(self, connection: socket.socket, host: str) -> None:
         loop = asyncio.get_running_loop()

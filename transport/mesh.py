@@ -40,7 +40,7 @@ from .messages import Admitted, Failure
 from .paths import PathManager
 from .peer import Handler, Peer
 from .preamble import PreambleGate
-from .tasks import TaskSet
+from .tasks import Tasks
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class Mesh:
         self._paths = PathManager(self._secure)
         gate = PreambleGate(identity.peer_id, self._preamble_key)
         self._listener = Listener(listen, gate, self._on_connection)
-        self._tasks = TaskSet()
+        self._tasks = Tasks()
         self._is_closing = False
 
     async def __aenter__(self) -> Self:
@@ -164,10 +164,10 @@ class Mesh:
         if contact.run is not None:  # it is ending: its end is told before a new beginning
             await asyncio.wait({contact.run})
         if contact.dial is None:
-            contact.dial = self._tasks.spawn(self._dial(peer_id, contact))
+            contact.dial = self._tasks.spawn(self._dial(peer_id, contact), "dial")
         dialling = contact.dial
         # The peer may dial us meanwhile: then its link is the answer.
-        upward = self._tasks.spawn(_wait(contact.up))
+        upward = self._tasks.spawn(_wait(contact.up), "wait for a link")
         try:
             await asyncio.wait({dialling, upward}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -289,7 +289,7 @@ class Mesh:
         contact.peer = peer
         contact.up.set()
         logger.info("peer up", extra={"peer": link.peer_id[-8:], "kind": link.kind.value})
-        contact.run = self._tasks.spawn(self._run(peer, contact))
+        contact.run = self._tasks.spawn(self._run(peer, contact), "link")
 
     async def _run(self, peer: Peer, contact: _Contact) -> None:
         error: TransportError = LinkBroken("the link failed here; see the log")

@@ -22,7 +22,6 @@ from covey.node.pipeline import Pipelines
 from covey.node.route import Route
 from covey.node.serving import LEASE_TTL_S, LoadedStage, StageServer
 from covey.node.switch import Switch
-from covey.node.tasks import Tasks
 from covey.node.worker import Done, Worker, WorkerClosed
 from covey.partition.plan import Prediction, StagePlan, make_plan
 from covey.transport.errors import LinkBroken, PeerUnreachable, TransportError
@@ -31,6 +30,7 @@ from covey.transport.identity import Identity
 from covey.transport.memory import Conditions, MemoryLink, memory_link_pair
 from covey.transport.messages import Forward
 from covey.transport.peer import Peer
+from covey.transport.tasks import Tasks
 
 from .virtual_time import VirtualTimeLoop
 

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from covey.node.tasks import Tasks
+from covey.transport.tasks import Tasks
 from support.node_core import in_virtual_time
 
 
