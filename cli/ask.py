@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.progress import Progress
 
-from covey.client import Client, Generation, find_local_node
+from covey.client import Client, Generation, NotReady, TextStream, find_local_node
 from covey.client.local import default_home
 
 from . import options
 from .render import err, out, print_json, seconds
+
+READY_S = 60.0  # how long a question waits for a plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,10 +78,10 @@ def run(
         return
     with _client(url, api_key, home) as client:
         if raw:
-            stream = client.generate(prompt, stream=True, **ask.body())
+            stream = _when_ready(lambda: client.generate(prompt, stream=True, **ask.body()))
         else:
             messages = [{"role": "user", "content": prompt}]
-            stream = client.chat(messages, stream=True, **ask.body())
+            stream = _when_ready(partial(_chat, client, ask, messages))
         with stream:
             for chunk in stream:
                 _write(chunk.text, quiet=as_json)
@@ -115,7 +118,7 @@ def chat(
                 continue
             messages.append({"role": "user", "content": line})
             answer = ""
-            with client.chat(messages, stream=True, **ask.body()) as stream:
+            with _when_ready(partial(_chat, client, ask, messages)) as stream:
                 try:
                     for chunk in stream:
                         answer += chunk.text
@@ -124,6 +127,28 @@ def chat(
                     err.print(" (stopped)")
             _write("\n", quiet=False)
             messages.append({"role": "assistant", "content": answer})
+
+
+def _chat(client: Client, ask: Ask, messages: list[dict[str, str]]) -> TextStream:
+    return client.chat(messages, stream=True, **ask.body())
+
+
+def _when_ready(ask: Callable[[], TextStream]) -> TextStream:
+    """Ask until there is a plan: a swarm that has just met needs some seconds.
+
+    Raises:
+        NotReady: there was none within `READY_S`.
+    """
+    give_up_at = time.monotonic() + READY_S
+    with err.status("") as status:
+        while True:
+            try:
+                return ask()
+            except NotReady as error:
+                if time.monotonic() + error.retry_after_s > give_up_at:
+                    raise
+                status.update(f"waiting: {error}")
+                time.sleep(error.retry_after_s)
 
 
 def _lines() -> Iterator[str]:

@@ -11,6 +11,8 @@ from covey.client import Client
 from . import options
 from .render import out, seconds, show, size, table
 
+MAX_SHOWN = 12  # points of a front in a table
+
 
 def status(home: options.Home = None, as_json: options.AsJson = False) -> None:
     """Show members, spans, links, sessions and speeds."""
@@ -96,9 +98,13 @@ def _render_plan(facts: dict[str, Any]) -> None:
     if facts["points"]:
         table(
             "Plans worth having",
-            ("", "stages", "first token", "per token", "all sessions", "bound by"),
-            [_point_row(point) for point in facts["points"]],
+            ("", "stages", "first token", "per token", "all sessions", "most of a token"),
+            [_point_row(point) for point in _thinned(facts["points"])],
         )
+        if len(facts["points"]) > MAX_SHOWN:
+            out.print(f"({len(facts['points'])} plans in all: --json has them)")
+        if not facts["is_exact"]:
+            out.print("(a bounded search: there may be better ones)")
     if facts["infeasible"]:
         out.print(f"no plan: {facts['infeasible']}")
     single = facts["single"]
@@ -111,6 +117,20 @@ def _render_plan(facts: dict[str, Any]) -> None:
         out.print(f"active: none yet, {facts['why_not']}")
     else:
         out.print(f"active: {_stages_text(active)} (epoch {active['epoch']}), {facts['because']}")
+        for point in facts["points"]:
+            if point["is_active"]:
+                for line in point["why"][1:]:
+                    out.print(f"  {line}")
+
+
+def _thinned(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Some of a long front, evenly over it, the chosen and the active point always among them."""
+    if len(points) <= MAX_SHOWN:
+        return points
+    every = len(points) / MAX_SHOWN
+    shown = {int(idx * every) for idx in range(MAX_SHOWN)}
+    shown |= {idx for idx, point in enumerate(points) if point["is_chosen"] or point["is_active"]}
+    return [points[idx] for idx in sorted(shown)]
 
 
 def _point_row(point: dict[str, Any]) -> tuple[str, ...]:
@@ -120,8 +140,13 @@ def _point_row(point: dict[str, Any]) -> tuple[str, ...]:
         seconds(point["ttft_s"]),
         seconds(point["tpot_s"]),
         f"{point['throughput_tok_per_s']:.1f} tok/s",
-        point["bound_by"],
+        _bound_text(point["bound_by"]),
     )
+
+
+def _bound_text(bound: dict[str, Any]) -> str:
+    what = " > ".join(bound["peers"]) if bound["kind"] == "link" else bound["peers"][0]
+    return f"{what} {bound['share']:.0%}"
 
 
 def _stages_text(value: dict[str, Any]) -> str:

@@ -113,13 +113,15 @@ class Planning:
             if author == own:
                 replica.delete(key)
 
-    def facts(self, model: LocalModel, prefer: Prefer | None) -> dict[str, Any]:
+    async def facts(self, model: LocalModel, prefer: Prefer | None) -> dict[str, Any]:
         """JSON facts for `covey plan`."""
-        state = self._state(model)
+        state, live = self._state(model), self._node.live_peers()
+        front = await self._front(model, state, live)
         return plan_facts(
             model,
             state,
-            live=self._node.live_peers(),
+            devices={peer: device for peer, device in state.devices.items() if peer in live},
+            front=front,
             names={peer: card.name for peer, card in self._node.views.members().items()},
             workload=self._workload(),
             prefer=prefer or self._node.config.prefer,
@@ -293,10 +295,9 @@ class Planning:
         live: frozenset[str],
     ) -> None:
         node = self._node
-        try:
-            front = await self._front(model, state, live)
-        except PartitionError as error:
-            self._reasons[model.digest] = str(error)
+        front = await self._front(model, state, live)
+        if isinstance(front, PartitionError):
+            self._reasons[model.digest] = str(front)
             return
         best = choose(front, node.config.prefer)
         self._reasons[model.digest] = "its members are loading their blocks"
@@ -313,20 +314,17 @@ class Planning:
         record = plan_record(plan)
         node.replica.set(record.key, record.to_value())
 
-    async def _front(self, model: LocalModel, state: ModelState, live: frozenset[str]) -> Front:
-        """The front by the profiles of now; computed anew only when they change.
-
-        Raises:
-            PartitionError: no plan is possible.
-        """
+    async def _front(
+        self, model: LocalModel, state: ModelState, live: frozenset[str]
+    ) -> Front | PartitionError:
+        """The front by the profiles of now, or why there is none; searched when they change."""
         devices = tuple(profile for peer, profile in state.devices.items() if peer in live)
         inputs = (devices, state.links)
         known = self._fronts.get(model.digest)
         if known is None or known[0] != inputs:
+            # Seconds for a dozen devices: not on the loop.
             front = await asyncio.to_thread(_search, model.layout, *inputs, self._workload())
             known = self._fronts[model.digest] = (inputs, front)
-        if isinstance(known[1], PartitionError):
-            raise known[1]
         return known[1]
 
     def _clean_up_own(self, model: LocalModel, epoch: int) -> None:

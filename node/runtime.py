@@ -162,9 +162,9 @@ class Node:
         """See `Service.status`."""
         return status_facts(self)
 
-    def plan(self, model: str, prefer: Prefer | None) -> dict[str, Any]:
+    async def plan(self, model: str, prefer: Prefer | None) -> dict[str, Any]:
         """See `Service.plan`."""
-        return self.planning.facts(self.catalog.by_name(model), prefer)
+        return await self.planning.facts(self.catalog.by_name(model), prefer)
 
     def invite(self, *, ttl_s: float, uses: int) -> str:
         """See `Service.invite`."""

@@ -129,7 +129,7 @@ class Service(Protocol):
     def status(self) -> dict[str, Any]:
         """JSON facts: identity, members, spans, links, sessions, speeds."""
 
-    def plan(self, model: str, prefer: Prefer | None) -> dict[str, Any]:
+    async def plan(self, model: str, prefer: Prefer | None) -> dict[str, Any]:
         """JSON facts: the Pareto front, the active plan and why, one machine alone.
 
         Raises:

@@ -169,7 +169,7 @@ async def status(request: Request) -> Response:
 @control_routes.get("/plan")
 async def plan(request: Request, model: str, prefer: Prefer | None = None) -> Response:
     """The plans of a model, and which one is used."""
-    return JSONResponse(state_of(request.app).service.plan(model, prefer))
+    return JSONResponse(await state_of(request.app).service.plan(model, prefer))
 
 
 @control_routes.post("/invite")

@@ -64,7 +64,7 @@ class FakeService:
     def status(self) -> dict[str, Any]:
         return self.status_facts
 
-    def plan(self, model: str, prefer: str | None) -> dict[str, Any]:
+    async def plan(self, model: str, prefer: str | None) -> dict[str, Any]:
         if model != MODEL:
             raise UnknownModel(model, (MODEL,))
         return {"model": model, "prefer": prefer}

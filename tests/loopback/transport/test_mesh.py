@@ -355,7 +355,7 @@ async def test_a_failing_handler_costs_only_its_link(
     await (await a.mesh.peer(b.id)).send(beat("boom"))
     assert (await b.downs.get())[0] == a.id
     assert (await c.mesh.peer(b.id)).peer_id == b.id
-    assert "task failed" in caplog.messages
+    assert "task link failed" in caplog.messages
 
 
 async def test_more_is_queued_than_either_side_buffers(
