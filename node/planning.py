@@ -247,6 +247,9 @@ class Planning:
 
     async def _load(self, model: LocalModel, plan: LayerPlan) -> None:
         node, digest = self._node, plan.digest
+        device = self._devices.get(model.digest)
+        if device is None:
+            return  # withdrawn; the others are about to see it
         try:
             route = Route.of(plan)
             stage_idx = route.peers.index(node.peer_id)
@@ -268,10 +271,12 @@ class Planning:
             self._devices.pop(model.digest, None)
             self._publish_profiles()
             return
-        budget = self._devices[model.digest].memory_bytes - engine.weight_bytes
+        if self._is_withdrawn:
+            return
+        taken = sum(other.taken_bytes for other in node.server.stages.values())
         leases = LeaseTable(
             bytes_per_token=engine.kv_bytes_per_token,
-            capacity_bytes=max(budget, 0),
+            capacity_bytes=max(device.memory_bytes - engine.weight_bytes - taken, 0),
             ttl_s=LEASE_TTL_S,
         )
         stage = LoadedStage(route, stage_idx, engine, leases)

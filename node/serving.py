@@ -57,6 +57,11 @@ class LoadedStage:
     received_bytes: int = 0
     compute_s: float = 0.0
 
+    @property
+    def taken_bytes(self) -> int:
+        """Memory that the weights take, and the KV cache that is leased now."""
+        return self.engine.weight_bytes + self.leases.capacity_bytes - self.leases.free_bytes
+
 
 @dataclass(slots=True, eq=False)
 class _Session:

@@ -25,7 +25,7 @@ from .profile import MAX_BLOCKS, MAX_BYTES, ModelLayout
 PLAN_VERSION = 1
 MAX_STAGES = 64
 MAX_MEMBERS = 16  # of one tensor-parallel group
-MAX_EPOCH = 1 << 53  # still exact in JSON
+MAX_EPOCH = 1 << 31  # as a frame carries it
 MAX_FIGURE = 1e300
 CODECS = ("exact", "fp16", "int8")  # of hidden states at a border; see border_bytes_per_token
 

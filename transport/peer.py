@@ -119,7 +119,7 @@ class Peer:
         """Answer a request; does not wait, so a handler may call it. Nothing if the link ended."""
         if frame.request is None:
             raise ValueError("the frame wants no answer")
-        with suppress(LinkClosed, LinkBroken):
+        with suppress(TransportError):
             self._link.post(Frame(message=message, reply_to=frame.request))
 
     async def request(

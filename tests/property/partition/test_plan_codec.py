@@ -33,7 +33,7 @@ def plans(draw: st.DrawFn) -> LayerPlan:
     pattern = draw(st.none() | st.text("FS", min_size=ends[-1] - 1, max_size=ends[-1] - 1))
     return plan(
         *spans,
-        epoch=draw(st.integers(0, 1 << 53)),
+        epoch=draw(st.integers(0, 1 << 31)),
         index_pattern=None if pattern is None else f"F{pattern}",
         tpot_s=draw(st.floats(0, 1e9)),
     )

@@ -336,6 +336,23 @@ async def test_events_carry_what_each_stage_did(model: LocalModel) -> None:
         assert it.generator.n_tokens == 3
 
 
+@in_virtual_time
+async def test_a_long_prompt_keeps_one_chunk_more_in_flight_than_there_are_stages(
+    model: LocalModel,
+) -> None:
+    async with bench(model, 1) as it:
+        request = asked(LONG, max_tokens=2)
+        expected = ids_of(await it.run(request))
+        task = asyncio.create_task(it.run(request))
+        await asyncio.sleep(1.5 * LINK_S)  # the session is open there, and not yet known here
+        it.nodes[1].worker.is_held = True
+        await asyncio.sleep(1)
+        [session] = it.nodes[1].server._sessions.values()
+        assert session.n_owed == 2  # of three chunks
+        it.nodes[1].worker.release()
+        assert ids_of(await task) == expected
+
+
 REFUSED = [
     (asked([0] * 512), PromptTooLong),
     (asked([10_000]), InvalidRequest),

@@ -90,6 +90,11 @@ class Member:
         self.mesh = SimpleNamespace(peers={}, peer=self._answer(peer))
         self.replica.on_local(lambda envelope: swarm.spread(name, envelope))
         self.planning = Planning(cast("Any", self))
+        self.run: asyncio.Task[None] | None = None
+
+    @property
+    def is_planning(self) -> bool:
+        return self.run is not None and not self.run.done()
 
     def live_peers(self) -> frozenset[str]:
         return self.swarm.live
@@ -130,7 +135,7 @@ async def member(
         for envelope in other.replica.missing_for(new.replica.state_vector(), max_bytes=1 << 20):
             new.replica.apply(envelope)
     swarm.members[name] = new
-    run = asyncio.create_task(new.planning.run())
+    run = new.run = asyncio.create_task(new.planning.run())
     try:
         yield new
     finally:
@@ -274,6 +279,27 @@ def test_a_member_whose_file_is_bad_is_planned_around(
             assert views[0] is not None
             assert views[0] == views[1] == views[2]
             assert len(views[0]) == 2
+
+    monkeypatch.setattr("covey.node.planning.load_stage", load)
+    simulate(scenario)
+
+
+def test_two_bad_loads_in_a_row_leave_the_planner_alive(
+    tmp_path: Path, model: LocalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any, **__: Any) -> Any:
+        raise CorruptModel(tmp_path, "block.0", "expected another hash")
+
+    async def scenario() -> None:
+        swarm = Swarm(tmp_path)
+        async with AsyncExitStack() as stack:
+            a = await stack.enter_async_context(member("a", swarm, model, None))
+            b = await stack.enter_async_context(member("b", swarm, model, None))
+            await asyncio.sleep(2 * PENDING_S)
+            assert a.spans(model.digest) is b.spans(model.digest) is None
+            assert not a.views.profiles()[0].record.value
+            assert a.is_planning
+            assert b.is_planning
 
     monkeypatch.setattr("covey.node.planning.load_stage", load)
     simulate(scenario)
