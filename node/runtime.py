@@ -29,7 +29,6 @@ from covey.transport.identity import Identity, verify
 from covey.transport.mesh import Mesh
 from covey.transport.messages import Forward, JoinRequest, Welcome
 from covey.transport.peer import Peer
-from covey.transport.tasks import Tasks
 
 from .api.server import ApiServer
 from .catalog import Catalog, LocalModel
@@ -135,7 +134,6 @@ class Node:
             max_sessions=config.max_sessions,
         )
         self._known = entry.known
-        self._tasks = Tasks()
         self.api: ApiServer | None = None
 
     # --- Service -----------------------------------------------------------------------------
@@ -193,13 +191,9 @@ class Node:
         await self.control.start()
         stack.push_async_callback(self.control.aclose)
         self._publish_card()
-        self.api = ApiServer(
-            self,
-            self.config.api_host,
-            self.config.api_port,
-            self.config.api_key,
-            control_key := secrets.token_urlsafe(32),
-        )
+        control_key = secrets.token_urlsafe(32)
+        config = self.config
+        self.api = ApiServer(self, config.api_host, config.api_port, config.api_key, control_key)
         await self.api.start()
         self.home.publish_api(self.api.url, control_key)
         self._loops = asyncio.create_task(self._run_loops(), name="node loops")
@@ -245,7 +239,6 @@ class Node:
         await self.switch.aclose()
         self._loops.cancel()
         await asyncio.wait({self._loops})
-        await self._tasks.aclose()
 
     def _release(self) -> None:
         """Let go of threads and files; after this the process may end."""
