@@ -184,6 +184,21 @@ def inline_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(asyncio, "to_thread", inline)
 
 
+@pytest.fixture
+def spoiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The first load of a stage by anybody fails, and is listed here; all others are good."""
+    failed: list[object] = []
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        if not failed:
+            failed.append(arguments)
+            raise CorruptModel(tmp_path, "block.0", "expected another hash")
+        return load_stage(*arguments, **options)
+
+    monkeypatch.setattr("covey.node.planning.load_stage", load)
+    return failed
+
+
 def simulate(scenario: Callable[[], Awaitable[None]]) -> None:
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
         runner.run(cast("Any", scenario()))
@@ -260,16 +275,8 @@ def test_a_better_machine_that_joins_takes_over(tmp_path: Path, model: LocalMode
 
 
 def test_a_member_whose_file_is_bad_is_planned_around(
-    tmp_path: Path, model: LocalModel, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model: LocalModel, spoiled: list[object]
 ) -> None:
-    spoiled: list[object] = []
-
-    def load(*arguments: Any, **options: Any) -> Any:
-        if not spoiled:
-            spoiled.append(arguments)
-            raise CorruptModel(tmp_path, "block.0", "expected another hash")
-        return load_stage(*arguments, **options)
-
     async def scenario() -> None:
         swarm = Swarm(tmp_path)
         async with AsyncExitStack() as stack:
@@ -277,26 +284,18 @@ def test_a_member_whose_file_is_bad_is_planned_around(
                 await stack.enter_async_context(member(name, swarm, model, 2)) for name in "abc"
             ]
             await asyncio.sleep(2 * PENDING_S)
+            assert spoiled
             views = [each.spans(model.digest) for each in everyone]
             assert views[0] is not None
             assert views[0] == views[1] == views[2]
             assert len(views[0]) == 2
 
-    monkeypatch.setattr("covey.node.planning.load_stage", load)
     simulate(scenario)
 
 
 def test_a_bad_load_before_a_good_one_leaves_the_planner_alive(
-    tmp_path: Path, model: LocalModel, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model: LocalModel, spoiled: list[object]
 ) -> None:
-    spoiled: list[object] = []
-
-    def load(*arguments: Any, **options: Any) -> Any:
-        if not spoiled:
-            spoiled.append(arguments)
-            raise CorruptModel(tmp_path, "block.0", "expected another hash")
-        return load_stage(*arguments, **options)
-
     def proposal(codec: str) -> LayerPlan:
         stages = (StagePlan.alone("a", 0, TINY.n_blocks),)
         prediction = Prediction(
@@ -323,7 +322,6 @@ def test_a_bad_load_before_a_good_one_leaves_the_planner_alive(
             assert spoiled
             assert a.is_planning
 
-    monkeypatch.setattr("covey.node.planning.load_stage", load)
     simulate(scenario)
 
 
