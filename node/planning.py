@@ -120,7 +120,7 @@ class Planning:
         return plan_facts(
             model,
             state,
-            devices={peer: device for peer, device in state.devices.items() if peer in live},
+            devices=_usable(model, state, live),
             front=front,
             names={peer: card.name for peer, card in self._node.views.members().items()},
             workload=self._workload(),
@@ -215,6 +215,12 @@ class Planning:
         except UnsupportedPlan as error:
             self._reasons[model.digest] = str(error)
             return
+        if route.dtype != model.dtype:
+            self._reasons[model.digest] = (
+                f"the swarm runs it in {route.dtype}: start this node with --dtype {route.dtype}"
+            )
+            self._routes.pop(model.digest, None)
+            return
         logger.info("plan of %s is active: %s", model.name, route.spans)
         self._routes[model.digest] = route
 
@@ -302,11 +308,13 @@ class Planning:
         node = self._node
         front = await self._front(model, state, live)
         if isinstance(front, PartitionError):
-            self._reasons[model.digest] = str(front)
+            if active is None:
+                self._reasons[model.digest] = str(front)
             return
         best = choose(front, node.config.prefer)
-        self._reasons[model.digest] = "its members are loading their blocks"
-        if active is not None:
+        if active is None:
+            self._reasons[model.digest] = "its members are loading their blocks"
+        else:
             active_now = priced(active, model.layout, state.devices, state.links)
             if not should_replace(active_now, best.prediction, node.config.prefer):
                 return
@@ -323,8 +331,7 @@ class Planning:
         self, model: LocalModel, state: ModelState, live: frozenset[str]
     ) -> Front | PartitionError:
         """The front by the profiles of now, or why there is none; searched when they change."""
-        devices = tuple(profile for peer, profile in state.devices.items() if peer in live)
-        inputs = (devices, state.links)
+        inputs = (tuple(_usable(model, state, live).values()), state.links)
         known = self._fronts.get(model.digest)
         if known is None or known[0] != inputs:
             # Seconds for a dozen devices: not on the loop.
@@ -338,6 +345,15 @@ class Planning:
             is_old = record.epoch < epoch - 1 or record.epoch == epoch
             if record.proposer == self._node.peer_id and is_old:
                 self._node.replica.delete(record.key)
+
+
+def _usable(model: LocalModel, state: ModelState, live: frozenset[str]) -> dict[str, DeviceProfile]:
+    """The live members that run the model in our dtype: a plan has one."""
+    return {
+        peer: device
+        for peer, device in state.devices.items()
+        if peer in live and device.dtype == model.dtype
+    }
 
 
 def _search(

@@ -293,6 +293,29 @@ def test_a_member_whose_file_is_bad_is_planned_around(
     simulate(scenario)
 
 
+def test_members_of_another_dtype_are_not_mixed_into_a_plan(
+    tmp_path: Path, model: LocalModel
+) -> None:
+    other = LocalModel("tiny", model.checkpoint, "bf16")
+
+    async def scenario() -> None:
+        swarm = Swarm(tmp_path)
+        async with AsyncExitStack() as stack:
+            a = await stack.enter_async_context(member("a", swarm, model, 2))
+            b = await stack.enter_async_context(member("b", swarm, other, 2))
+            await asyncio.sleep(SETTLE_S)
+            assert a.spans(model.digest) is b.spans(model.digest) is None
+            c = await stack.enter_async_context(member("c", swarm, other, 2))
+            await asyncio.sleep(2 * SETTLE_S)
+            spans = c.spans(model.digest)
+            assert spans is not None
+            assert set(spans) == {"b", "c"}
+            assert a.spans(model.digest) is None
+            assert "--dtype bf16" in a.planning.why_not(model.digest)
+
+    simulate(scenario)
+
+
 def test_a_bad_load_before_a_good_one_leaves_the_planner_alive(
     tmp_path: Path, model: LocalModel, spoiled: list[object]
 ) -> None:
