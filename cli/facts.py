@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
 
-from covey.client import Client
+from covey.client import NoLocalNode
 
 from . import options
+from .local import local_client
 from .render import out, seconds, show, size, table
 
 MAX_SHOWN = 12  # points of a front in a table
@@ -16,7 +18,7 @@ MAX_SHOWN = 12  # points of a front in a table
 
 def status(home: options.Home = None, as_json: options.AsJson = False) -> None:
     """Show members, spans, links, sessions and speeds."""
-    with Client(home=home) as client:
+    with local_client(home) as client:
         show(client.status(), as_json=as_json, render=_render_status)
 
 
@@ -29,18 +31,15 @@ def plan(
     as_json: options.AsJson = False,
 ) -> None:
     """Show the plans worth having for MODEL, what each should do, and which one runs."""
-    with Client(home=home) as client:
+    with local_client(home) as client:
         show(client.plan(model, prefer), as_json=as_json, render=_render_plan)
 
 
 def models(home: options.Home = None, as_json: options.AsJson = False) -> None:
     """List the models of the swarm, and short names that are always known."""
-    from covey.client.local import default_home, find_local_node
-
     facts: dict[str, Any] = {"models": [], "short_names": ["smollm2"]}
-    if find_local_node(home or default_home()) is not None:
-        with Client(home=home) as client:
-            facts["models"] = client.status()["models"]
+    with suppress(NoLocalNode), local_client(home) as client:
+        facts["models"] = client.status()["models"]
     show(facts, as_json=as_json, render=_render_models)
 
 

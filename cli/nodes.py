@@ -181,9 +181,9 @@ def invite(
     as_json: options.AsJson = False,
 ) -> None:
     """Print a new invite to the swarm of this machine's node."""
-    from covey.client import Client
+    from .local import local_client
 
-    with Client(home=home) as client:
+    with local_client(home) as client:
         text = client.invite(ttl_s=hours * 3600, uses=uses)
     if as_json:
         print_json({"invite": text})
@@ -193,24 +193,22 @@ def invite(
 
 def stop(home: options.Home = None, as_json: options.AsJson = False) -> None:
     """Stop this machine's node: it finishes its generations and says goodbye."""
-    from covey.client import Client
-    from covey.client.local import find_local_node
+    from .local import local_client, local_node
 
-    with Client(home=home) as client:
-        node = find_local_node(home)
+    node = local_node(home)
+    with local_client(home) as client:
         client.stop()
-    if node is not None:
-        with err.status("waiting for its generations to finish"):
-            wait_until_gone(node.pid, STOP_S)
+    with err.status("waiting for its generations to finish"):
+        wait_until_gone(node.pid, STOP_S)
     if as_json:
-        print_json({"stopped": True, "pid": node.pid if node else None})
+        print_json({"stopped": True, "pid": node.pid})
     else:
         out.print("stopped")
 
 
 def _config(home: Path | None, name: str | None, *, memory: str | None, **rest: Any) -> NodeConfig:
+    from covey.client import default_home
     from covey.node.config import NodeConfig, parse_size
-    from covey.node.home import default_home
 
     return NodeConfig(
         home=home or default_home(),
@@ -289,8 +287,8 @@ def _announce(node: Node, *, as_json: bool) -> None:
 
 def _detach(home: Path | None, *, as_json: bool) -> None:
     """Start the same command again without --detach, and wait until its API is there."""
+    from covey.client import default_home
     from covey.client.local import find_local_node
-    from covey.node.home import default_home
 
     folder = home or default_home()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass
 from decimal import Decimal
@@ -62,6 +63,7 @@ class NodeConfig:
         _within("threads", self.threads, 1, 256)
         _within("context", self.context_tokens, 16, 1 << 20)
         _within("max_sessions", self.max_sessions, 1, 1024)
+        check_exposure(self.api_host, self.api_key)
         _within("grace", self.grace_s, 0, 3600)
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype: {self.dtype!r} is none of {', '.join(DTYPES)}")
@@ -69,6 +71,25 @@ class NodeConfig:
             raise ConfigError(f"prefer: {self.prefer!r} is none of {', '.join(PREFERENCES)}")
         if not 1 <= len(self.name) <= 64 or not self.name.isprintable():
             raise ConfigError("name: must be 1 to 64 printable characters")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` is an address that only this machine reaches, or its usual name."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def check_exposure(api_host: str, api_key: str | None) -> None:
+    """Raise ConfigError if other machines could use the API without a key (D12)."""
+    if api_key is not None and not api_key.strip():
+        raise ConfigError("api_key: is empty; choose a long random one, or none at all")
+    if api_key is None and not is_loopback(api_host):
+        raise ConfigError(
+            f"api_host: {api_host or 'any address'} is open to other machines: "
+            "set an --api-key, or listen on 127.0.0.1"
+        )
 
 
 def _within(field: str, value: float | None, low: int, high: int) -> None:

@@ -13,19 +13,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import platformdirs
 from filelock import FileLock, Timeout
 
 from .errors import ConfigError
 
 API_FILE = "api.json"
 MAX_STATE_BYTES = 1 << 20  # of any JSON file here; ours take a few KiB
-
-
-def default_home() -> Path:
-    """`COVEY_HOME`, or the platform's folder for the state of programs."""
-    chosen = os.environ.get("COVEY_HOME")
-    return Path(chosen) if chosen else platformdirs.user_state_path("covey")
 
 
 class Home:

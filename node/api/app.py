@@ -21,13 +21,14 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from covey.errors import CoveyError
+from covey.node.config import is_loopback
 from covey.node.errors import InvalidRequest, UnknownModel
 from covey.node.service import ModelEntry, Service, Started
 from covey.partition.choose import Prefer
 
 from .errors import SERVER, ErrorReply, reply_to
 from .generation import GenerationResponse, Generations, Task
-from .guard import LoopbackGuard, check_key, is_loopback, read_body
+from .guard import LoopbackGuard, check_key, read_body
 from .metrics import Metrics, RequestMeter
 from .render import ChatRenderer, CompletionRenderer, Json, Renderer, Shape
 from .requests import ChatRequest, CompletionRequest, InviteRequest, field_name, parse

@@ -14,12 +14,12 @@ from collections.abc import Iterator
 
 import uvicorn
 
+from covey.node.config import check_exposure
 from covey.node.errors import ConfigError
 from covey.node.service import Service
 
 from .app import create_app, state_of
 from .errors import ApiAddressInUse
-from .guard import is_loopback
 
 HARD_STOP_S = 3.0  # after the grace: for answers to be written to clients that still read
 
@@ -55,13 +55,7 @@ class ApiServer:
         Raises:
             ConfigError: other machines could use the node without a key.
         """
-        if api_key is not None and not api_key.strip():
-            raise ConfigError("api_key: is empty; choose a long random one, or none at all")
-        if api_key is None and not is_loopback(host):
-            raise ConfigError(
-                f"api_host: {host or 'any address'} is open to other machines: "
-                "set an --api-key, or listen on 127.0.0.1"
-            )
+        check_exposure(host, api_key)
         self._host = host
         self._port = port
         self._app = create_app(service, api_key=api_key, control_key=control_key, host=host)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from covey.node.errors import ConfigError
-from covey.node.home import MAX_STATE_BYTES, Home, default_home, read_state
+from covey.node.home import MAX_STATE_BYTES, Home, read_state
 
 
 def test_a_second_node_in_one_home_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
@@ -144,12 +144,3 @@ def test_a_folder_without_write_permission_cannot_be_a_home(tmp_path: Path) -> N
     tmp_path.chmod(0o500)
     with pytest.raises(ConfigError, match="cannot write the state folder"):
         Home(tmp_path)
-
-
-def test_the_default_home_follows_the_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COVEY_HOME", str(tmp_path))
-    assert default_home() == tmp_path
-    monkeypatch.delenv("COVEY_HOME")
-    assert default_home().name == "covey"
