@@ -279,6 +279,8 @@ class _Run:
 
     async def _within(self, work: Awaitable[T]) -> T:
         """Wait for `work` until the request's deadline; raises SessionFailed past it."""
+        if self._deadline_at is None:  # the common case, twice for every token
+            return await work
         async with _deadline(self._deadline_at):
             return await work
 
