@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from covey.errors import CoveyError
+from covey.transport.errors import InviteInvalid
 from covey.transport.invite import Invite
 
 from . import options
@@ -271,7 +273,10 @@ def _asked_to_stop(node: Node, number: signal.Signals) -> None:
 
 def _announce(node: Node, *, as_json: bool) -> None:
     url = node.api.url if node.api is not None else ""
-    text = node.invite(ttl_s=24 * 3600, uses=8)
+    try:
+        text = node.invite(ttl_s=24 * 3600, uses=8)
+    except InviteInvalid:
+        text = None  # restarted very often within a day: the older ones are still good
     if as_json:
         print_json(
             {"invite": text, "url": url, "peer_id": node.peer_id, "home": str(node.home.path)}
@@ -279,6 +284,9 @@ def _announce(node: Node, *, as_json: bool) -> None:
         return
     out.print(f"node {node.config.name} ({node.peer_id[-8:]}) is up")
     out.print(f"API  {url}/v1")
+    if text is None:
+        out.print("too many invites are open: use one of today's, or `covey invite` tomorrow")
+        return
     out.print("\nOn another machine:\n")
     # Not through rich: it would wrap the one string that people paste.
     sys.stdout.write(f"  covey join {text}\n\n")
@@ -291,10 +299,16 @@ def _detach(home: Path | None, *, as_json: bool) -> None:
     from covey.client.local import find_local_node
 
     folder = home or default_home()
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     log_path = folder / "node.log"
     arguments = [argument for argument in sys.argv[1:] if argument != "--detach"]
-    with log_path.open("ab") as log:
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            log = stack.enter_context(log_path.open("ab"))
+        except OSError as error:
+            raise CoveyError(
+                f"cannot write the state folder {folder} ({error.strerror}): choose another --home"
+            ) from error
         child = subprocess.Popen(
             [sys.executable, "-m", "covey.cli", *arguments],
             stdin=subprocess.DEVNULL,

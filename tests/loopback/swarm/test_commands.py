@@ -171,10 +171,11 @@ def test_a_port_in_use_is_named(tmp_path: Path, option: str) -> None:
     assert port in line
 
 
-def test_a_home_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [[], ["--detach"]])
+def test_a_home_that_cannot_be_written_is_named(tmp_path: Path, options: list[str]) -> None:
     (tmp_path / "file").touch()
     home = str(tmp_path / "file" / "home")
-    line = refusal_of("up", MODEL, *LOOPBACK, "--home", home)
+    line = refusal_of("up", MODEL, *LOOPBACK, "--home", home, *options)
     assert home in line
 
 
