@@ -32,9 +32,16 @@ def default_home() -> Path:
 def find_local_node(home: Path | None = None) -> LocalNode | None:
     """The node that runs with this home; None if there is none, or its file is not readable."""
     node = _read((default_home() if home is None else home) / "api.json")
-    if node is None or not psutil.pid_exists(node.pid):
+    if node is None or not _is_running(node.pid):
         return None  # killed, or its file is half written
     return node
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE  # ended, not yet waited for
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _read(path: Path) -> LocalNode | None:

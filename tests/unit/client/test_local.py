@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -134,3 +135,13 @@ def all_subclasses(kind: type[Exception]) -> list[type[Exception]]:
 def test_whatever_breaks_in_httpx_is_a_lost_connection(kind: type[httpx.TransportError]) -> None:
     with pytest.raises(ConnectionLost, match="http://h:1"), translated(httpx.URL("http://h:1/a")):
         raise kind("")
+
+
+def test_a_node_that_ended_and_was_not_waited_for_is_gone(tmp_path: Path) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    try:
+        write(tmp_path, {**NODE, "pid": child.pid})
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # ended, and stays a zombie
+        assert find_local_node(tmp_path) is None
+    finally:
+        child.wait()
