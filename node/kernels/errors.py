@@ -1,0 +1,19 @@
+"""What can go wrong between Python and the native library."""
+
+from __future__ import annotations
+
+from covey.errors import CoveyError
+
+
+class KernelsUnavailable(CoveyError):
+    """The native engine cannot run here: use the torch one, and show the reason."""
+
+
+class KernelFailed(CoveyError):
+    """The library refused its arguments or had no memory; `status` is its return value."""
+
+    def __init__(self, function: str, status: int) -> None:
+        cause = {1: "refused its arguments", 2: "had no memory"}.get(status, f"returned {status}")
+        super().__init__(f"{function} {cause}")
+        self.function = function
+        self.status = status

@@ -1,0 +1,332 @@
+"""The native library by ctypes: which one fits this CPU, its types, and checked calls.
+
+This is the only file that makes pointers. Every array is checked here for dtype, layout and
+length before its address is passed on. The C side is described in `abi.h`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint32, c_void_p
+from enum import IntEnum, IntFlag
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import KernelFailed, KernelsUnavailable
+
+ABI_VERSION = 1
+TILE = 64  # positions in a tile of the KV cache
+ISA_VARIABLE = "COVEY_KERNELS"  # names the instruction set to use in place of the best one
+
+Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+
+
+class MatrixType(IntEnum):
+    """Formats of packed matrices, by their names and numbers in GGUF."""
+
+    F16 = 1
+    Q4_1 = 3
+    Q8_0 = 8
+
+
+class Parts(IntFlag):
+    """What of a block to run; PARTIAL, with one half, leaves the residual out."""
+
+    ATTENTION = 1
+    MLP = 2
+    PARTIAL = 4
+    BLOCK = ATTENTION | MLP
+
+
+class Matrix(Structure):
+    """`covey_matrix`."""
+
+    _fields_ = (
+        ("type", c_int32),
+        ("rows", c_int32),
+        ("columns", c_int32),
+        ("reserved", c_int32),
+        ("data", c_void_p),
+    )
+
+
+class Block(Structure):
+    """`covey_block`."""
+
+    _fields_ = (
+        ("attn_norm", c_void_p),
+        ("ffn_norm", c_void_p),
+        *((name, Matrix) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+    )
+
+
+class Shape(Structure):
+    """`covey_shape`."""
+
+    _fields_ = (
+        ("hidden_size", c_int32),
+        ("n_heads", c_int32),
+        ("n_kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("intermediate_size", c_int32),
+        ("rope_dim", c_int32),
+        ("rope_interleaved", c_int32),
+        ("rms_norm_eps", c_float),
+    )
+
+
+class Cache(Structure):
+    """`covey_cache`."""
+
+    _fields_ = (("keys", c_void_p), ("values", c_void_p), ("capacity", c_int64))
+
+
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "covey_abi_version": (c_int32, []),
+    "covey_best_isa": (c_char_p, []),
+    "covey_engine_new": (c_void_p, [c_int32]),
+    "covey_engine_free": (None, [c_void_p]),
+    "covey_packed_bytes": (c_int64, [c_int32] * 3),
+    "covey_pack": (c_int32, [c_int32] * 3 + [c_void_p] * 2),
+    "covey_unpack": (c_int32, [c_int32] * 3 + [c_void_p] * 2),
+    "covey_span_forward": (
+        c_int32,
+        [
+            *(c_void_p, POINTER(Shape), POINTER(Block), c_int32, POINTER(Cache)),
+            *(c_void_p, c_void_p, c_int64, c_int32, c_void_p, c_uint32),
+        ],
+    ),
+    "covey_embed": (c_int32, [POINTER(Matrix), c_void_p, c_int32, c_void_p]),
+    "covey_head_logits": (
+        c_int32,
+        [c_void_p, POINTER(Matrix), c_void_p, c_float, c_void_p, c_int32, c_void_p],
+    ),
+    "covey_multiply": (c_int32, [c_void_p, POINTER(Matrix), c_void_p, c_int32, c_void_p]),
+}
+
+
+class Library:
+    """One loaded library; `isa` is the instruction set it was built for."""
+
+    def __init__(self, isa: str, path: Path) -> None:
+        self.isa = isa
+        self.path = path
+        try:
+            self._c: Any = ctypes.CDLL(str(path))
+            for name, (result, arguments) in _SIGNATURES.items():
+                function = getattr(self._c, name)
+                function.restype, function.argtypes = result, arguments
+        except (OSError, AttributeError) as error:
+            raise KernelsUnavailable(f"cannot load {path.name}: {error}; build it again") from error
+        version = self._c.covey_abi_version()
+        if version != ABI_VERSION:
+            raise KernelsUnavailable(
+                f"{path.name} has ABI {version}, expected {ABI_VERSION}; build it again"
+            )
+
+    @property
+    def best_isa(self) -> str:
+        """The best instruction set of this CPU among those that Covey has kernels for."""
+        name: bytes = self._c.covey_best_isa()
+        return name.decode()
+
+    def packed_bytes(self, kind: MatrixType, rows: int, columns: int) -> int:
+        """Bytes of a packed matrix; ValueError for a shape that cannot be packed."""
+        n_bytes: int = -1
+        if 0 < rows < 2**31 and 0 < columns < 2**31:
+            n_bytes = self._c.covey_packed_bytes(kind, rows, columns)
+        if n_bytes < 0:
+            raise ValueError(f"cannot pack {kind.name} [{rows}, {columns}]")
+        return n_bytes
+
+    def pack(self, kind: MatrixType, rows: int, columns: int, blocks: Bytes, out: Bytes) -> None:
+        """Rearrange `blocks`, the rows as GGUF stores them, into `out` of `packed_bytes`."""
+        self._check_packing(kind, rows, columns, blocks, out)
+        _require(out.flags.writeable, "a packed matrix is written to")
+        self._call("covey_pack", kind, rows, columns, blocks.ctypes.data, out.ctypes.data)
+
+    def unpack(self, kind: MatrixType, rows: int, columns: int, packed: Bytes) -> Bytes:
+        """The inverse of `pack`."""
+        out = np.empty(rows * row_bytes(kind, columns), dtype=np.uint8)
+        self._check_packing(kind, rows, columns, out, packed)
+        self._call("covey_unpack", kind, rows, columns, packed.ctypes.data, out.ctypes.data)
+        return out
+
+    def embed(self, embedding: Matrix, ids: npt.NDArray[np.int32]) -> Floats:
+        """Rows [len(ids), D] of a matrix made by `matrix`; ids must be in range."""
+        _check_array(ids, np.int32, (len(ids),))
+        _require(len(ids) > 0, "no ids")
+        _require(int(ids.min()) >= 0 and int(ids.max()) < embedding.rows, "an id out of range")
+        out = np.empty((len(ids), embedding.columns), dtype=np.float32)
+        self._call("covey_embed", embedding, ids.ctypes.data, len(ids), out.ctypes.data)
+        return out
+
+    def matrix(self, kind: MatrixType, rows: int, columns: int, packed: Bytes) -> Matrix:
+        """Describe a packed matrix to the library; the caller keeps `packed` alive."""
+        _check_array(packed, np.uint8, (self.packed_bytes(kind, rows, columns),))
+        _require(packed.ctypes.data % 64 == 0, "packed matrices begin at multiples of 64 bytes")
+        return Matrix(kind, rows, columns, 0, packed.ctypes.data)
+
+    def _check_packing(
+        self, kind: MatrixType, rows: int, columns: int, blocks: Bytes, packed: Bytes
+    ) -> None:
+        _check_array(packed, np.uint8, (self.packed_bytes(kind, rows, columns),))
+        _check_array(blocks, np.uint8, (rows * row_bytes(kind, columns),))
+
+    def _call(self, name: str, *arguments: object) -> None:
+        status = getattr(self._c, name)(*arguments)
+        if status:
+            raise KernelFailed(name, status)
+
+
+class Engine:
+    """Threads and scratch memory; calls from several Python threads take turns.
+
+    A stage and a head in one process should share one: two engines' threads are in each other's
+    way while one still spins for its next job and the other works.
+    """
+
+    def __init__(self, library: Library, threads: int) -> None:
+        if not 1 <= threads <= 1024:
+            raise ValueError(f"threads = {threads}: must be 1 to 1024")
+        self.library = library
+        self.threads = threads
+        self._lock = threading.Lock()
+        self._handle: int | None = library._c.covey_engine_new(threads)
+        if not self._handle:
+            raise KernelsUnavailable(f"the system gives no {threads} threads; ask for fewer")
+
+    def span_forward(
+        self,
+        shape: Shape,
+        blocks: ctypes.Array[Block],
+        cache: Cache,
+        angles: tuple[Floats, Floats],
+        position: int,
+        hidden: Floats,
+        parts: Parts = Parts.BLOCK,
+    ) -> None:
+        """Run `blocks` on hidden [n_rows, D] in place.
+
+        Args:
+            shape: of every block.
+            blocks: whose matrices are alive.
+            cache: of as many blocks, heads and positions as `cache_arrays` made it for.
+            angles: cosines and sines [n_rows, rope_dim/2] of the rows' positions.
+            position: of the first row.
+            hidden: float32, contiguous, writable.
+            parts: which half, or both.
+        """
+        n_rows = len(hidden)
+        _check_array(hidden, np.float32, (n_rows, shape.hidden_size))
+        _require(hidden.flags.writeable and n_rows > 0, "hidden states are written to")
+        for table in angles:
+            _check_array(table, np.float32, (n_rows, shape.rope_dim // 2))
+        _require(0 <= position <= cache.capacity - n_rows, "positions beyond the cache")
+        self._call(
+            "covey_span_forward",
+            *(shape, blocks, len(blocks), cache),
+            *(angles[0].ctypes.data, angles[1].ctypes.data, position, n_rows),
+            *(hidden.ctypes.data, int(parts)),
+        )
+
+    def head_logits(self, output: Matrix, norm: Floats, eps: float, hidden: Floats) -> Floats:
+        """Logits [n_rows, V] of hidden states [n_rows, D]."""
+        _check_array(norm, np.float32, (output.columns,))
+        _check_array(hidden, np.float32, (len(hidden), output.columns))
+        _require(len(hidden) > 0, "no rows")
+        out = np.empty((len(hidden), output.rows), dtype=np.float32)
+        self._call(
+            "covey_head_logits",
+            *(output, norm.ctypes.data, eps),
+            *(hidden.ctypes.data, len(hidden), out.ctypes.data),
+        )
+        return out
+
+    def multiply(self, matrix: Matrix, x: Floats) -> Floats:
+        """x [n_rows, columns] times the transpose of a packed matrix: [n_rows, rows]."""
+        _check_array(x, np.float32, (len(x), matrix.columns))
+        _require(len(x) > 0, "no rows")
+        out = np.empty((len(x), matrix.rows), dtype=np.float32)
+        self._call("covey_multiply", matrix, x.ctypes.data, len(x), out.ctypes.data)
+        return out
+
+    def _call(self, name: str, *arguments: object) -> None:
+        with self._lock:
+            self.library._call(name, self._handle, *arguments)
+
+    def __del__(self) -> None:
+        """Stop the threads and free the scratch memory."""
+        if getattr(self, "_handle", None):
+            self.library._c.covey_engine_free(self._handle)
+            self._handle = None
+
+
+def cache_arrays(
+    n_blocks: int, n_kv_heads: int, head_dim: int, n_tokens: int
+) -> tuple[Cache, npt.NDArray[np.uint16], npt.NDArray[np.uint16]]:
+    """Zeroed fp16 keys and values for `n_tokens` positions, rounded up to whole tiles.
+
+    The caller keeps both arrays alive as long as the `Cache`.
+    """
+    capacity = -(-n_tokens // TILE) * TILE
+    keys = np.zeros((n_blocks, n_kv_heads, capacity // TILE, head_dim, TILE), dtype=np.uint16)
+    values = np.zeros((n_blocks, n_kv_heads, capacity, head_dim), dtype=np.uint16)
+    return Cache(keys.ctypes.data, values.ctypes.data, capacity), keys, values
+
+
+def row_bytes(kind: MatrixType, columns: int) -> int:
+    """Bytes of one row as GGUF stores it."""
+    return columns * 2 if kind is MatrixType.F16 else columns // 32 * _BLOCK_BYTES[kind]
+
+
+_BLOCK_BYTES = {MatrixType.Q4_1: 20, MatrixType.Q8_0: 34}
+
+
+@cache
+def load_library(isa: str | None = None) -> Library:
+    """The library for `isa`, else for what COVEY_KERNELS names, else the best one of this CPU.
+
+    Raises:
+        KernelsUnavailable: none was built, or this CPU has not got that instruction set.
+    """
+    portable = Library("portable", _path("portable"))
+    wanted = isa or os.environ.get(ISA_VARIABLE) or None
+    best = portable.best_isa
+    if wanted is None:
+        try:
+            return portable if best == "portable" else Library(best, _path(best))
+        except KernelsUnavailable:
+            return portable
+    if wanted == "portable":
+        return portable
+    if wanted != best:
+        raise KernelsUnavailable(f"this CPU runs {best} or portable kernels, not {wanted!r}")
+    return Library(wanted, _path(wanted))
+
+
+def _path(isa: str) -> Path:
+    found = sorted(Path(__file__).parent.glob(f"_{isa}*.so"))
+    if not found:
+        raise KernelsUnavailable(f"no {isa} kernels were built; install with a C++ compiler")
+    return found[0]
+
+
+def _check_array(array: npt.NDArray[Any], dtype: type[Any], shape: tuple[int, ...]) -> None:
+    if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
+        raise ValueError(
+            f"array is {array.dtype} {list(array.shape)}, "
+            f"expected contiguous {np.dtype(dtype)} {list(shape)}"
+        )
+
+
+def _require(condition: bool, text: str) -> None:
+    if not condition:
+        raise ValueError(text)

@@ -1,0 +1,115 @@
+/* The C ABI of Covey's kernels: a span of decoder blocks, or half a block, in one call.
+ *
+ * One shared library per instruction set exports these functions. Callers check every pointer and
+ * length (python/packed.py, python/native_stage.py); the library checks again that shapes fit each
+ * other, and trusts that buffers are as long as those shapes say. An engine serves one caller
+ * thread at a time. Results do not depend on the number of threads, on how rows are grouped into
+ * calls, or on the instruction set: every float operation and its order is fixed (simd.h).
+ */
+#ifndef COVEY_KERNELS_ABI_H
+#define COVEY_KERNELS_ABI_H
+
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define COVEY_EXPORT __attribute__((visibility("default")))
+#else
+#define COVEY_EXPORT
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define COVEY_ABI_VERSION 1
+
+/* Matrix formats, by their numbers in GGUF. */
+enum { COVEY_F16 = 1, COVEY_Q4_1 = 3, COVEY_Q8_0 = 8 };
+
+/* What of a block to run. PARTIAL leaves the residual out: hidden becomes the half's own
+ * contribution, which is what a tensor-parallel group adds up; with exactly one half. */
+enum { COVEY_ATTENTION = 1, COVEY_MLP = 2, COVEY_PARTIAL = 4 };
+
+enum { COVEY_OK = 0, COVEY_INVALID = 1, COVEY_NO_MEMORY = 2 };
+
+/* Positions in one tile of the KV cache; its capacity is a multiple of it. */
+enum { COVEY_TILE = 64 };
+
+typedef struct covey_engine covey_engine; /* threads and scratch memory */
+
+typedef struct {
+    int32_t type;
+    int32_t rows;
+    int32_t columns; /* a multiple of 32 */
+    int32_t reserved;
+    const uint8_t* data; /* packed by covey_pack, aligned to 64 bytes */
+} covey_matrix;
+
+typedef struct {
+    const float* attn_norm; /* [hidden] */
+    const float* ffn_norm;
+    covey_matrix q, k, v, o, gate, up, down;
+} covey_block;
+
+typedef struct {
+    int32_t hidden_size; /* a multiple of 32 */
+    int32_t n_heads;
+    int32_t n_kv_heads; /* divides n_heads */
+    int32_t head_dim;   /* a multiple of 16 */
+    int32_t intermediate_size;
+    int32_t rope_dim; /* leading dimensions of a head that are rotated; even */
+    int32_t rope_interleaved;
+    float rms_norm_eps;
+} covey_shape;
+
+/* One session's keys and values, fp16: keys [n_blocks][n_kv_heads][capacity/64][head_dim][64],
+ * values [n_blocks][n_kv_heads][capacity][head_dim]. */
+typedef struct {
+    uint16_t* keys;
+    uint16_t* values;
+    int64_t capacity; /* positions, a multiple of COVEY_TILE */
+} covey_cache;
+
+COVEY_EXPORT int32_t covey_abi_version(void);
+
+/* The best instruction set of this CPU that a library exists for: "avx512vnni" or "portable". */
+COVEY_EXPORT const char* covey_best_isa(void);
+
+/* NULL if threads cannot be started. n_threads counts the caller. */
+COVEY_EXPORT covey_engine* covey_engine_new(int32_t n_threads);
+COVEY_EXPORT void covey_engine_free(covey_engine* engine);
+
+/* Bytes of a packed matrix (rows rounded up to 16); -1 for a type or shape that is not supported. */
+COVEY_EXPORT int64_t covey_packed_bytes(int32_t type, int32_t rows, int32_t columns);
+
+/* Rows of GGUF blocks -> packed, and back; the same bits in another order. */
+COVEY_EXPORT int32_t covey_pack(int32_t type, int32_t rows, int32_t columns, const uint8_t* blocks,
+                                uint8_t* packed);
+COVEY_EXPORT int32_t covey_unpack(int32_t type, int32_t rows, int32_t columns,
+                                  const uint8_t* packed, uint8_t* blocks);
+
+/* Run `parts` of each block on rows [position, position + n_rows) of a session, in place.
+ * hidden [n_rows][hidden_size]; cosines and sines [n_rows][rope_dim/2] of those positions. */
+COVEY_EXPORT int32_t covey_span_forward(covey_engine* engine, const covey_shape* shape,
+                                        const covey_block* blocks, int32_t n_blocks,
+                                        const covey_cache* cache, const float* cosines,
+                                        const float* sines, int64_t position, int32_t n_rows,
+                                        float* hidden, uint32_t parts);
+
+/* Rows `ids` of an embedding matrix [V][D], decoded to hidden [n_ids][D]. */
+COVEY_EXPORT int32_t covey_embed(const covey_matrix* embedding, const int32_t* ids, int32_t n_ids,
+                                 float* hidden);
+
+/* Final norm and output matrix [V][D]: hidden [n_rows][D] -> logits [n_rows][V]. */
+COVEY_EXPORT int32_t covey_head_logits(covey_engine* engine, const covey_matrix* output,
+                                       const float* norm, float eps, const float* hidden,
+                                       int32_t n_rows, float* logits);
+
+/* The plain product of the engine, for tests and measurements: x [n_rows][columns] -> y [n_rows][rows]. */
+COVEY_EXPORT int32_t covey_multiply(covey_engine* engine, const covey_matrix* matrix, const float* x,
+                                    int32_t n_rows, float* y);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

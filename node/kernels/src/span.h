@@ -1,0 +1,52 @@
+// What a call needs beside its arguments: the threads and the scratch memory between two products.
+#pragma once
+
+#include <vector>
+
+#include "activations.h"
+#include "attention.h"
+#include "memory.h"
+#include "threads.h"
+
+namespace covey {
+
+// Rows that pass through the blocks together; longer inputs are cut into pieces of it, which
+// changes no bit. It bounds scratch memory and keeps the activations in the second-level cache.
+constexpr int kMaxRows = 192;
+
+struct ThreadScratch {
+    Buffer<uint8_t> unpacked;
+    Buffer<float> tile_floats;  // keys and values of one tile
+    Buffer<float> products;     // [2][kMaxRows][16]
+    Buffer<float> queries;
+    Buffer<float> softmax;
+};
+
+}  // namespace covey
+
+struct covey_engine {
+    explicit covey_engine(int n_threads) : pool(n_threads), scratch(n_threads) {}
+
+    covey::ThreadPool pool;
+    std::vector<covey::ThreadScratch> scratch;  // [thread]
+    covey::Activations normed, attended, gated;
+    covey::Buffer<float> heads;    // queries, keys and values [rows][(H + 2K) * E]
+    covey::Buffer<float> softmax;  // of a decode step, [K][segments]
+};
+
+namespace covey {
+
+// Make rows of x with `fill(row, out)`, and their bytes if `quantized`; shared out if many.
+template <class Fill>
+void prepare(ThreadPool& pool, Activations& x, int n_rows, int columns, bool quantized, Fill fill) {
+    x.resize(n_rows, columns);
+    constexpr int kShortest = 8;  // rows that are worth a thread's while
+    pool.run_ranges(n_rows, 1, kShortest, [&](int begin, int end, int) {
+        for (int row = begin; row < end; row++) {
+            fill(row, x.row(row));
+            if (quantized) x.quantize_row(row);
+        }
+    });
+}
+
+}  // namespace covey

@@ -1,0 +1,46 @@
+"""The native kernels: one shared library per instruction set. Everything else is in pyproject.toml.
+
+Each is optional: without a C++ compiler, or with one that lacks the instruction set, installation
+goes on and the node says at run time which engine it uses and why.
+"""
+
+import platform
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+PACKAGE = "covey.node.kernels"
+SOURCES = Path("node/kernels/src")
+# Nothing is fused that does not say so: results are the same on every instruction set.
+FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-fvisibility=hidden", "-ffp-contract=off",
+         "-fno-math-errno", "-pthread", "-Wall", "-Wextra", "-Wno-psabi",
+         # GCC 12 warns of its own intrinsics (bug 105593)
+         "-Wno-maybe-uninitialized", "-Wno-uninitialized")  # fmt: skip
+AVX512 = ("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq",
+          "-mavx512vnni", "-mprefer-vector-width=512")  # fmt: skip
+ISAS: dict[str, dict[str, tuple[str, ...]]] = {
+    "x86_64": {"portable": (), "avx512vnni": AVX512},
+}
+
+
+def extension(isa: str, flags: tuple[str, ...]) -> Extension:
+    """The library `_<isa>`; sources are shared, only the flags differ."""
+    return Extension(
+        f"{PACKAGE}._{isa}",
+        sources=[str(path) for path in sorted(SOURCES.glob("*.cpp"))],
+        depends=[str(path) for path in sorted(SOURCES.glob("*.h"))],
+        extra_compile_args=[*FLAGS, *flags],
+        extra_link_args=["-pthread"],
+        language="c++",
+        optional=True,
+    )
+
+
+machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(
+    platform.machine().lower(), platform.machine().lower()
+)
+setup(
+    ext_modules=[
+        extension(isa, flags) for isa, flags in ISAS.get(machine, {"portable": ()}).items()
+    ]
+)

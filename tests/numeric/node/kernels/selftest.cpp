@@ -1,0 +1,231 @@
+// Runs every entry point of the library on exactly sized buffers, for AddressSanitizer and UBSan:
+// odd row counts, both rope layouts, partial halves, rewinds, bad arguments, several threads.
+// It also holds the results of many rows against one at a time. Exits 1 at the first failure.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "abi.h"
+
+namespace {
+
+std::mt19937 random_bits(7);
+
+#define CHECK(condition)                                                          \
+    do {                                                                          \
+        if (!(condition)) {                                                       \
+            std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);   \
+            std::exit(1);                                                         \
+        }                                                                         \
+    } while (0)
+
+// A buffer of exactly n elements, so that one byte too far is seen.
+template <class T>
+struct Exact {
+    explicit Exact(std::size_t n) : memory(nullptr, std::free), size(n) {
+        void* p = nullptr;
+        if (posix_memalign(&p, 64, n * sizeof(T)) != 0) std::abort();
+        memory.reset(static_cast<T*>(p));
+        std::memset(p, 0, n * sizeof(T));
+    }
+    T* get() { return memory.get(); }
+    std::unique_ptr<T, decltype(&std::free)> memory;
+    std::size_t size;
+};
+
+float uniform(float low, float high) {
+    return std::uniform_real_distribution<float>(low, high)(random_bits);
+}
+
+uint16_t small_half() {  // between 2^-9 and 2^-6, either sign
+    const uint16_t sign = random_bits() & 1 ? 0x8000 : 0;
+    return static_cast<uint16_t>(sign | (6 + random_bits() % 3) << 10 | (random_bits() & 0x3FF));
+}
+
+struct Packed {
+    Packed(int type, int rows, int columns)
+        : bytes(static_cast<std::size_t>(covey_packed_bytes(type, rows, columns))),
+          matrix{type, rows, columns, 0, bytes.get()} {
+        const int halves = type == COVEY_Q4_1 ? 2 : type == COVEY_Q8_0 ? 1 : 32;
+        const int per_block = type == COVEY_Q4_1 ? 20 : type == COVEY_Q8_0 ? 34 : 64;
+        Exact<uint8_t> blocks(static_cast<std::size_t>(rows) * (columns / 32) * per_block);
+        for (std::size_t i = 0; i < blocks.size; i++)
+            blocks.get()[i] = static_cast<uint8_t>(random_bits());
+        for (std::size_t at = 0; at < blocks.size; at += per_block)
+            for (int i = 0; i < halves; i++) {
+                const uint16_t half = small_half();
+                std::memcpy(blocks.get() + at + 2 * i, &half, 2);
+            }
+        CHECK(covey_pack(type, rows, columns, blocks.get(), bytes.get()) == COVEY_OK);
+        Exact<uint8_t> back(blocks.size);
+        CHECK(covey_unpack(type, rows, columns, bytes.get(), back.get()) == COVEY_OK);
+        CHECK(std::memcmp(back.get(), blocks.get(), blocks.size) == 0);
+    }
+    Exact<uint8_t> bytes;
+    covey_matrix matrix;
+};
+
+struct Engine {
+    explicit Engine(int threads) : handle(covey_engine_new(threads)) { CHECK(handle); }
+    ~Engine() { covey_engine_free(handle); }
+    covey_engine* handle;
+};
+
+struct Model {
+    Model(covey_shape s, int type)
+        : shape(s),
+          norm(s.hidden_size),
+          q(type, s.n_heads * s.head_dim, s.hidden_size),
+          k(type, s.n_kv_heads * s.head_dim, s.hidden_size),
+          v(COVEY_Q8_0, s.n_kv_heads * s.head_dim, s.hidden_size),
+          o(type, s.hidden_size, s.n_heads * s.head_dim),
+          gate(type, s.intermediate_size, s.hidden_size),
+          up(type, s.intermediate_size, s.hidden_size),
+          down(type, s.hidden_size, s.intermediate_size) {
+        for (int i = 0; i < s.hidden_size; i++) norm.get()[i] = uniform(0.5f, 1.5f);
+        block = {norm.get(), norm.get(), q.matrix,  k.matrix,  v.matrix,
+                 o.matrix,   gate.matrix, up.matrix, down.matrix};
+    }
+    covey_shape shape;
+    Exact<float> norm;
+    Packed q, k, v, o, gate, up, down;
+    covey_block block;
+};
+
+struct Session {
+    Session(const covey_shape& s, int n_blocks, int64_t positions)
+        : capacity((positions + COVEY_TILE - 1) / COVEY_TILE * COVEY_TILE),
+          keys(n_blocks * s.n_kv_heads * capacity * s.head_dim),
+          values(keys.size),
+          cache{keys.get(), values.get(), capacity} {}
+    int64_t capacity;
+    Exact<uint16_t> keys, values;
+    covey_cache cache;
+};
+
+constexpr int kPositions = 300;
+
+// Runs rows [0, n) in calls of the given sizes, repeated; returns all hidden states.
+std::vector<float> run(Model& model, Engine& engine, Session& session, const std::vector<float>& x,
+                       const std::vector<int>& sizes) {
+    const covey_shape& s = model.shape;
+    std::vector<covey_block> blocks(2, model.block);
+    std::vector<float> out = x;
+    const int n = static_cast<int>(x.size()) / s.hidden_size;
+    for (int at = 0, call = 0; at < n; call++) {
+        const int rows = std::min(sizes[call % sizes.size()], n - at);
+        Exact<float> hidden(static_cast<std::size_t>(rows) * s.hidden_size);
+        Exact<float> cosines(static_cast<std::size_t>(rows) * (s.rope_dim / 2)), sines(cosines.size);
+        std::memcpy(hidden.get(), &x[static_cast<std::size_t>(at) * s.hidden_size], hidden.size * 4);
+        for (int row = 0; row < rows; row++)
+            for (int i = 0; i < s.rope_dim / 2; i++) {
+                const float angle = static_cast<float>(at + row) / static_cast<float>(1 + i * i);
+                cosines.get()[row * (s.rope_dim / 2) + i] = std::cos(angle);
+                sines.get()[row * (s.rope_dim / 2) + i] = std::sin(angle);
+            }
+        CHECK(covey_span_forward(engine.handle, &s, blocks.data(), 2, &session.cache, cosines.get(),
+                                 sines.get(), at, rows, hidden.get(),
+                                 COVEY_ATTENTION | COVEY_MLP) == COVEY_OK);
+        std::memcpy(&out[static_cast<std::size_t>(at) * s.hidden_size], hidden.get(), hidden.size * 4);
+        at += rows;
+    }
+    for (float value : out) CHECK(std::isfinite(value));
+    return out;
+}
+
+bool same(const std::vector<float>& a, const std::vector<float>& b) {
+    return std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+void check_model(const covey_shape& shape, int type) {
+    Model model(shape, type);
+    Engine one(1), three(3);
+    std::vector<float> x(static_cast<std::size_t>(kPositions) * shape.hidden_size);
+    for (float& value : x) value = uniform(-2, 2);
+    Session single(shape, 2, kPositions), chunked(shape, 2, kPositions), whole(shape, 2, kPositions);
+    const std::vector<float> expected = run(model, one, single, x, {1});
+    CHECK(same(expected, run(model, three, chunked, x, {1, 2, 3, 5, 8, 17, 31})));
+    CHECK(same(expected, run(model, three, whole, x, {kPositions})));
+    CHECK(std::memcmp(single.keys.get(), whole.keys.get(), single.keys.size * 2) == 0);
+    CHECK(std::memcmp(single.values.get(), chunked.values.get(), single.values.size * 2) == 0);
+
+    // Halves add up to a block: hidden + attention part, then + MLP part.
+    Session halves(shape, 1, 1), block(shape, 1, 1);
+    const std::vector<float> angles(static_cast<std::size_t>(shape.rope_dim) / 2 + 1, 0.5f);
+    std::vector<float> together(x.begin(), x.begin() + shape.hidden_size), sum = together;
+    const auto forward = [&](Session& session, std::vector<float>& hidden, uint32_t parts) {
+        return covey_span_forward(one.handle, &shape, &model.block, 1, &session.cache, angles.data(),
+                                  angles.data(), 0, 1, hidden.data(), parts);
+    };
+    CHECK(forward(block, together, COVEY_ATTENTION | COVEY_MLP) == COVEY_OK);
+    for (uint32_t half : {COVEY_ATTENTION, COVEY_MLP}) {
+        std::vector<float> part = sum;
+        CHECK(forward(halves, part, half | COVEY_PARTIAL) == COVEY_OK);
+        for (std::size_t i = 0; i < sum.size(); i++) sum[i] += part[i];
+    }
+    CHECK(same(together, sum));
+    CHECK(forward(block, together, 7) == COVEY_INVALID);
+    CHECK(forward(block, together, 0) == COVEY_INVALID);
+    covey_shape wrong = shape;
+    wrong.intermediate_size += 32;
+    CHECK(covey_span_forward(one.handle, &wrong, &model.block, 1, &block.cache, angles.data(),
+                             angles.data(), 0, 1, together.data(), 3) == COVEY_INVALID);
+    CHECK(covey_span_forward(one.handle, &shape, &model.block, 1, &block.cache, angles.data(),
+                             angles.data(), COVEY_TILE, 1, together.data(), 3) == COVEY_INVALID);
+}
+
+void check_head(int type, int vocabulary, int columns) {
+    Packed matrix(type, vocabulary, columns);
+    Engine two(2);
+    Exact<float> norm(columns), hidden(3 * columns), logits(3 * vocabulary), single(vocabulary);
+    for (int i = 0; i < columns; i++) norm.get()[i] = 1;
+    const int32_t ids[3] = {0, vocabulary - 1, vocabulary / 2};
+    CHECK(covey_embed(&matrix.matrix, ids, 3, hidden.get()) == COVEY_OK);
+    const int32_t unknown[1] = {vocabulary};
+    CHECK(covey_embed(&matrix.matrix, unknown, 1, hidden.get()) == COVEY_INVALID);
+    CHECK(covey_head_logits(two.handle, &matrix.matrix, norm.get(), 1e-5f, hidden.get(), 3,
+                            logits.get()) == COVEY_OK);
+    for (int row = 0; row < 3; row++) {
+        CHECK(covey_head_logits(two.handle, &matrix.matrix, norm.get(), 1e-5f,
+                                hidden.get() + row * columns, 1, single.get()) == COVEY_OK);
+        CHECK(std::memcmp(single.get(), logits.get() + row * vocabulary, vocabulary * 4) == 0);
+    }
+}
+
+void check_strange_numbers() {
+    Packed matrix(COVEY_Q4_1, 16, 64);
+    Engine one(1);
+    Exact<float> x(64), y(16);
+    for (float value : {NAN, INFINITY, -INFINITY}) {
+        x.get()[40] = value;
+        CHECK(covey_multiply(one.handle, &matrix.matrix, x.get(), 1, y.get()) == COVEY_OK);
+        for (int i = 0; i < 16; i++) CHECK(!std::isfinite(y.get()[i]));
+    }
+    for (float value : {0.0f, 1e-38f, 1e-44f, 3e38f}) {
+        x.get()[40] = value;
+        CHECK(covey_multiply(one.handle, &matrix.matrix, x.get(), 1, y.get()) == COVEY_OK);
+    }
+}
+
+}  // namespace
+
+int main() {
+    CHECK(covey_abi_version() == COVEY_ABI_VERSION);
+    CHECK(covey_packed_bytes(COVEY_Q4_1, 16, 31) < 0 && covey_packed_bytes(99, 16, 32) < 0);
+    CHECK(covey_packed_bytes(COVEY_Q8_0, 0, 32) < 0 && covey_packed_bytes(COVEY_F16, 1, -32) < 0);
+    CHECK(covey_engine_new(0) == nullptr);
+    check_model({64, 4, 2, 16, 96, 16, 1, 1e-5f}, COVEY_Q4_1);
+    check_model({96, 9, 3, 32, 64, 32, 0, 1e-5f}, COVEY_Q8_0);
+    check_model({64, 8, 1, 80, 32, 64, 1, 1e-5f}, COVEY_Q4_1);
+    check_model({32, 2, 2, 16, 32, 0, 1, 1e-5f}, COVEY_F16);
+    check_head(COVEY_Q8_0, 101, 64);
+    check_head(COVEY_Q4_1, 33, 32);
+    check_head(COVEY_F16, 17, 96);
+    check_strange_numbers();
+    std::printf("self-test passed\n");
+}
