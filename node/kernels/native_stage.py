@@ -24,7 +24,7 @@ from covey.node.model.errors import UnsupportedModel
 from .library import Block, Cache, Engine, Shape, cache_arrays, load_library
 from .packed import PackedBlock, pack_block
 
-_CACHE_ITEMSIZE = 2  # fp16
+KV_ITEMSIZE = 2  # fp16
 
 
 def load_native_stage(
@@ -34,6 +34,7 @@ def load_native_stage(
     on_block: Callable[[int, int], None] | None = None,
     *,
     engine: Engine | None = None,
+    verify: bool = False,
 ) -> Stage:
     """Read and pack the blocks of `span`, and nothing else of the model.
 
@@ -43,20 +44,24 @@ def load_native_stage(
         threads: that `forward` uses, its caller's included; not looked at with `engine`.
         on_block: told (blocks loaded, blocks in all) after each.
         engine: to share with a head or another stage; by default one of its own.
+        verify: hash each block first, against `checkpoint.blobs()`.
 
     Raises:
         ValueError: not a span of this model.
         KernelsUnavailable: no library.
         UnsupportedModel: a shape or tensor type that the kernels do not have; torch may.
-        CorruptModel: a weight's scale is NaN or infinite.
+        CorruptModel: a weight's scale is NaN or infinite, or with `verify` a block is not what
+            `checkpoint.blobs` says.
     """
     start, end = span
     if not 0 <= start < end <= checkpoint.config.n_blocks:
         raise ValueError(f"span {span} of a model of {checkpoint.config.n_blocks} blocks")
     engine = engine or Engine(load_library(), threads)
-    shape = _shape(checkpoint.config)
+    shape = kernel_shape(checkpoint.config)
     blocks = []
     for block_idx in range(start, end):
+        if verify:
+            checkpoint.verify_block(block_idx)
         blocks.append(pack_block(engine.library, checkpoint, block_idx))
         if on_block:
             on_block(len(blocks), end - start)
@@ -88,7 +93,7 @@ class NativeStage:
         self.dtype: EngineDtype = "fp32"
         self.hidden_size = config.hidden_size
         self.weight_bytes = sum(block.buffer.nbytes for block in blocks)
-        self.kv_bytes_per_token = config.kv_bytes_per_token(len(blocks), _CACHE_ITEMSIZE)
+        self.kv_bytes_per_token = config.kv_bytes_per_token(len(blocks), KV_ITEMSIZE)
         self._config = config
         self._shape = shape
         self._blocks = blocks  # keeps alive what `_described` points to
@@ -145,7 +150,7 @@ class NativeStage:
         return held
 
 
-def _shape(config: ModelConfig) -> Shape:
+def kernel_shape(config: ModelConfig) -> Shape:
     """The kernels' view of a configuration.
 
     Raises:

@@ -63,9 +63,7 @@ def pack_block(library: Library, checkpoint: Checkpoint, block_idx: int) -> Pack
     """
     names = checkpoint.block_tensors(block_idx)
     infos = {field: checkpoint.source.tensors[name] for field, name in names.items()}
-    sizes = {field: packed_size(library, infos[field]) for field in MATRICES}
-    sizes |= {field: 4 * infos[field].shape[0] for field in NORMS}
-    parts = _aligned_parts(sizes)
+    parts = _aligned_parts(_part_sizes(library, infos))
     matrices = {
         field: pack_matrix(library, checkpoint, infos[field], parts[field]) for field in MATRICES
     }
@@ -115,6 +113,22 @@ def packed_size(library: Library, info: TensorInfo) -> int:
             ("[rows, a multiple of 32]",),
         )
     return library.packed_bytes(kind, *info.shape)
+
+
+def packed_block_bytes(library: Library, checkpoint: Checkpoint, block_idx: int) -> int:
+    """Bytes that a block takes when packed; raises UnsupportedModel."""
+    names = checkpoint.block_tensors(block_idx)
+    infos = {field: checkpoint.source.tensors[name] for field, name in names.items()}
+    return _end_of(_part_sizes(library, infos))
+
+
+def _part_sizes(library: Library, infos: Mapping[str, TensorInfo]) -> dict[str, int]:
+    sizes = {field: packed_size(library, infos[field]) for field in MATRICES}
+    return sizes | {field: 4 * infos[field].shape[0] for field in NORMS}
+
+
+def _end_of(sizes: Mapping[str, int]) -> int:
+    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes.values())
 
 
 def _aligned_parts(sizes: Mapping[str, int]) -> dict[str, Bytes]:

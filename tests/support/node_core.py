@@ -17,7 +17,7 @@ import numpy as np
 from covey.node.engine.errors import UnknownSession
 from covey.node.engine.lease import LeaseTable
 from covey.node.engine.stage import Stage
-from covey.node.engine.tensors import EngineDtype, HiddenStates
+from covey.node.engine.tensors import EngineDtype, EngineKind, HiddenStates
 from covey.node.pipeline import Pipelines
 from covey.node.route import Route
 from covey.node.serving import LEASE_TTL_S, LoadedStage, StageServer
@@ -238,7 +238,7 @@ class Net:
 def route_of(
     *peer_ids: str,
     codec: str = "exact",
-    dtype: EngineDtype = "fp32",
+    engine: EngineKind = "fp32",
     spans: Sequence[tuple[int, int]] | None = None,
     epoch: int = 3,
     model_digest: str = MODEL_DIGEST,
@@ -261,7 +261,7 @@ def route_of(
             model_digest=model_digest,
             epoch=epoch,
             proposer=peer_ids[0],
-            dtype=dtype,
+            engine=engine,
             codec=codec,
         )
     )
