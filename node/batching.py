@@ -37,12 +37,7 @@ class _Item(Generic[T, R]):
     is_short: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Batch(Generic[T, R]):
-    items: list[_Item[T, R]]
-    outcomes: Sequence[R | CoveyError]
-    began_at: float
-    ended_at: float
+_Outcomes = Sequence[tuple[_Item[T, R], R | CoveyError]]
 
 
 class Batcher(Generic[T, R]):
@@ -78,9 +73,7 @@ class Batcher(Generic[T, R]):
         self._short_s = math.inf  # what the last short one took
         self._ended_at = -math.inf
 
-    def submit(
-        self, session: str, value: T, *, is_short: bool = False
-    ) -> asyncio.Future[Done[R]]:
+    def submit(self, session: str, value: T, *, is_short: bool = False) -> asyncio.Future[Done[R]]:
         """Add an item; `is_short` says that it is one row and not many.
 
         Returns:
@@ -115,8 +108,9 @@ class Batcher(Generic[T, R]):
 
     def _run_here(self) -> None:
         taken: list[_Item[T, R]] = []
+        now = self._clock()
         try:
-            self._hand_out(self._worker.run_here(lambda: self._compute(taken)).value)
+            self._hand_out(self._worker.run_here(lambda: self._compute(taken)), now)
         except CoveyError as error:
             self._fail(taken, error)
 
@@ -151,21 +145,24 @@ class Batcher(Generic[T, R]):
             self._timer = None
         self._is_busy = True
         taken: list[_Item[T, R]] = []
+        now = self._clock()
         self._worker.run(lambda: self._compute(taken)).add_done_callback(
-            lambda done: self._settle(taken, done)
+            lambda done: self._settle(taken, done, now)
         )
 
-    def _compute(self, taken: list[_Item[T, R]]) -> _Batch[T, R]:
+    def _compute(self, taken: list[_Item[T, R]]) -> _Outcomes[T, R]:
         """On the worker's thread."""
         while self._waiting and len(taken) < MAX_BATCH:
             taken.append(self._waiting.popleft())
         items = [item for item in taken if not item.future.cancelled()]
-        began_at = self._clock()
         outcomes = self._run([item.value for item in items]) if items else []
-        return _Batch(items, outcomes, began_at, self._clock())
+        return list(zip(items, outcomes, strict=True))
 
     def _settle(
-        self, taken: list[_Item[T, R]], done: asyncio.Future[Done[_Batch[T, R]]]
+        self,
+        taken: list[_Item[T, R]],
+        done: asyncio.Future[Done[_Outcomes[T, R]]],
+        queued_at: float,
     ) -> None:
         """On the loop: hand out what came of a job, or why none did."""
         self._is_busy = False
@@ -176,7 +173,7 @@ class Batcher(Generic[T, R]):
                 self._waiting.clear()
             self._fail(taken, error)
         else:
-            self._hand_out(done.result().value)
+            self._hand_out(done.result(), queued_at)
         self._look()
 
     def _fail(self, items: Sequence[_Item[T, R]], error: BaseException) -> None:
@@ -184,15 +181,15 @@ class Batcher(Generic[T, R]):
             if not item.future.done():
                 item.future.set_exception(error)
 
-    def _hand_out(self, batch: _Batch[T, R]) -> None:
-        self._batch_s, self._ended_at = batch.ended_at - batch.began_at, batch.ended_at
-        if len(batch.items) == 1 and batch.items[0].is_short:
-            self._short_s = self._batch_s
-        for item, outcome in zip(batch.items, batch.outcomes, strict=True):
+    def _hand_out(self, done: Done[_Outcomes[T, R]], queued_at: float) -> None:
+        self._batch_s, self._ended_at = done.compute_s, self._clock()
+        if len(done.value) == 1 and done.value[0][0].is_short:
+            self._short_s = done.compute_s
+        for item, outcome in done.value:
             if item.future.done():
                 continue
             if isinstance(outcome, CoveyError):
                 item.future.set_exception(outcome)
             else:
-                queue_s = batch.began_at - item.submitted_at
-                item.future.set_result(Done(outcome, queue_s, self._batch_s))
+                queue_s = done.queue_s + queued_at - item.submitted_at
+                item.future.set_result(Done(outcome, queue_s, done.compute_s))

@@ -280,9 +280,7 @@ class Planning:
             capacity_bytes=max(device.memory_bytes - engine.weight_bytes - taken, 0),
             ttl_s=LEASE_TTL_S,
         )
-        stage = LoadedStage(route, stage_idx, engine, leases)
-        node.server.add(stage)
-        self._say_ready(stage)
+        self._say_ready(node.server.add(route, stage_idx, engine, leases))
 
     def _say_ready(self, stage: LoadedStage) -> None:
         ready = Ready(plan_digest=stage.route.digest, stage_idx=stage.stage_idx, at=time.time())
