@@ -16,7 +16,7 @@ namespace {
 constexpr int kRangesOfOneRow = 1, kRangesOfMany = 4;
 constexpr int kPositionsPerItem = 16;  // of prefill attention: rows that share a converted tile
 
-bool is_quantized(const covey_matrix& matrix) { return matrix.type != COVEY_F16; }
+bool is_quantized(const covey_matrix& matrix) { return !is_float_type(matrix.type); }
 
 // One pass of up to kMaxRows rows through the blocks of a span.
 class Pass {
