@@ -12,8 +12,9 @@ import os
 import threading
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint32, c_void_p
-from enum import IntEnum, IntFlag
+from enum import IntFlag
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import KernelFailed, KernelsUnavailable
+from .matrix_type import MatrixType
 
 ABI_VERSION = 2
 PAGE_TOKENS = 64  # positions in a page of the KV cache
@@ -28,14 +30,6 @@ ISA_VARIABLE = "COVEY_KERNELS"  # names the instruction set to use in place of t
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
-
-
-class MatrixType(IntEnum):
-    """Formats of packed matrices, by their names and numbers in GGUF."""
-
-    F16 = 1
-    Q4_1 = 3
-    Q8_0 = 8
 
 
 class Parts(IntFlag):
@@ -125,12 +119,11 @@ class PageTable:
 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "covey_abi_version": (c_int32, []),
-    "covey_best_isa": (c_char_p, []),
+    "covey_isa": (c_char_p, [c_int32]),
     "covey_engine_new": (c_void_p, [c_int32]),
     "covey_engine_free": (None, [c_void_p]),
     "covey_packed_bytes": (c_int64, [c_int32] * 3),
     "covey_pack": (c_int32, [c_int32] * 3 + [c_void_p] * 2),
-    "covey_unpack": (c_int32, [c_int32] * 3 + [c_void_p] * 2),
     "covey_page_bytes": (c_int64, [POINTER(Shape), c_int32]),
     "covey_span_forward": (
         c_int32,
@@ -168,10 +161,15 @@ class Library:
             )
 
     @property
+    def isas(self) -> list[str]:
+        """The instruction sets of this CPU that Covey has kernels for, best first."""
+        names: list[bytes] = list(iter(map(self._c.covey_isa, count()).__next__, None))
+        return [name.decode() for name in names]
+
+    @property
     def best_isa(self) -> str:
-        """The best instruction set of this CPU among those that Covey has kernels for."""
-        name: bytes = self._c.covey_best_isa()
-        return name.decode()
+        """The first of `isas`."""
+        return self.isas[0]
 
     def packed_bytes(self, kind: MatrixType, rows: int, columns: int) -> int:
         """Bytes of a packed matrix; ValueError for a shape that cannot be packed."""
@@ -184,16 +182,10 @@ class Library:
 
     def pack(self, kind: MatrixType, rows: int, columns: int, blocks: Bytes, out: Bytes) -> None:
         """Rearrange `blocks`, the rows as GGUF stores them, into `out` of `packed_bytes`."""
-        self._check_packing(kind, rows, columns, blocks, out)
+        _check_array(out, np.uint8, (self.packed_bytes(kind, rows, columns),))
+        _check_array(blocks, np.uint8, (rows * kind.row_bytes(columns),))
         _require(out.flags.writeable, "a packed matrix is written to")
         self._call("covey_pack", kind, rows, columns, blocks.ctypes.data, out.ctypes.data)
-
-    def unpack(self, kind: MatrixType, rows: int, columns: int, packed: Bytes) -> Bytes:
-        """The inverse of `pack`."""
-        out = np.empty(rows * row_bytes(kind, columns), dtype=np.uint8)
-        self._check_packing(kind, rows, columns, out, packed)
-        self._call("covey_unpack", kind, rows, columns, packed.ctypes.data, out.ctypes.data)
-        return out
 
     def embed(self, embedding: Matrix, ids: npt.NDArray[np.int32]) -> Floats:
         """Rows [len(ids), D] of a matrix made by `matrix`; ids must be in range."""
@@ -215,12 +207,6 @@ class Library:
         n_bytes: int = self._c.covey_page_bytes(shape, n_blocks)
         _require(n_bytes > 0, "a shape that the kernels do not take")
         return n_bytes
-
-    def _check_packing(
-        self, kind: MatrixType, rows: int, columns: int, blocks: Bytes, packed: Bytes
-    ) -> None:
-        _check_array(packed, np.uint8, (self.packed_bytes(kind, rows, columns),))
-        _check_array(blocks, np.uint8, (rows * row_bytes(kind, columns),))
 
     def _call(self, name: str, *arguments: object) -> None:
         status = getattr(self._c, name)(*arguments)
@@ -317,14 +303,6 @@ def page_memory(n_bytes: int) -> Bytes:
     return np.frombuffer(mmap.mmap(-1, n_bytes), dtype=np.uint8)
 
 
-def row_bytes(kind: MatrixType, columns: int) -> int:
-    """Bytes of one row as GGUF stores it."""
-    return columns * 2 if kind is MatrixType.F16 else columns // 32 * _BLOCK_BYTES[kind]
-
-
-_BLOCK_BYTES = {MatrixType.Q4_1: 20, MatrixType.Q8_0: 34}
-
-
 @cache
 def load_library(isa: str | None = None) -> Library:
     """The library for `isa`, else for what COVEY_KERNELS names, else the best one of this CPU.
@@ -334,21 +312,26 @@ def load_library(isa: str | None = None) -> Library:
     """
     portable = Library("portable", _path("portable"))
     wanted = isa or os.environ.get(ISA_VARIABLE) or None
-    best = portable.best_isa
     if wanted is None:
-        try:
-            return portable if best == "portable" else Library(best, _path(best))
-        except KernelsUnavailable:
-            return portable
-    if wanted == "portable":
-        return portable
-    if wanted != best:
-        raise KernelsUnavailable(f"this CPU runs {best} or portable kernels, not {wanted!r}")
-    return Library(wanted, _path(wanted))
+        wanted = next(isa for isa in portable.isas if _is_built(isa))
+    if wanted not in portable.isas:
+        raise KernelsUnavailable(
+            f"no {wanted!r} kernels for this CPU; it runs {', '.join(portable.isas)}"
+        )
+    return portable if wanted == "portable" else Library(wanted, _path(wanted))
+
+
+def usable_isas() -> list[str]:
+    """The instruction sets that `load_library` can be asked for, best first."""
+    return [isa for isa in load_library("portable").isas if _is_built(isa)]
+
+
+def _is_built(isa: str) -> bool:
+    return any(Path(__file__).parent.glob(f"_{isa}.*so"))
 
 
 def _path(isa: str) -> Path:
-    found = sorted(Path(__file__).parent.glob(f"_{isa}*.so"))
+    found = sorted(Path(__file__).parent.glob(f"_{isa}.*so"))
     if not found:
         raise KernelsUnavailable(f"no {isa} kernels were built; install with a C++ compiler")
     return found[0]

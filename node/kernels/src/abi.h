@@ -25,7 +25,22 @@ extern "C" {
 #define COVEY_ABI_VERSION 2
 
 /* Matrix formats, by their numbers in GGUF. */
-enum { COVEY_F16 = 1, COVEY_Q4_1 = 3, COVEY_Q8_0 = 8 };
+enum {
+    COVEY_F32 = 0,
+    COVEY_F16 = 1,
+    COVEY_Q4_0 = 2,
+    COVEY_Q4_1 = 3,
+    COVEY_Q5_0 = 6,
+    COVEY_Q5_1 = 7,
+    COVEY_Q8_0 = 8,
+    COVEY_Q2_K = 10,
+    COVEY_Q3_K = 11,
+    COVEY_Q4_K = 12,
+    COVEY_Q5_K = 13,
+    COVEY_Q6_K = 14,
+    COVEY_IQ4_NL = 20,
+    COVEY_BF16 = 30
+};
 
 /* What of a block to run. PARTIAL leaves the residual out: hidden becomes the half's own
  * contribution, which is what a tensor-parallel group adds up; with exactly one half. */
@@ -44,7 +59,7 @@ typedef struct covey_engine covey_engine; /* threads and scratch memory */
 typedef struct {
     int32_t type;
     int32_t rows;
-    int32_t columns; /* a multiple of 32 */
+    int32_t columns; /* a multiple of 32; of 256 for the types with a K */
     int32_t reserved;
     const uint8_t* data; /* packed by covey_pack, aligned to 64 bytes */
 } covey_matrix;
@@ -86,8 +101,9 @@ typedef struct {
 
 COVEY_EXPORT int32_t covey_abi_version(void);
 
-/* The best instruction set of this CPU that a library exists for: "avx512vnni" or "portable". */
-COVEY_EXPORT const char* covey_best_isa(void);
+/* The instruction sets with libraries of their own that this CPU can run, best first: their names by
+ * index, then NULL. The last is "portable", which every CPU of its kind runs. */
+COVEY_EXPORT const char* covey_isa(int32_t index);
 
 /* NULL if threads cannot be started. n_threads counts the caller. */
 COVEY_EXPORT covey_engine* covey_engine_new(int32_t n_threads);
@@ -96,11 +112,9 @@ COVEY_EXPORT void covey_engine_free(covey_engine* engine);
 /* Bytes of a packed matrix (rows rounded up to 16); -1 for a type or shape that is not supported. */
 COVEY_EXPORT int64_t covey_packed_bytes(int32_t type, int32_t rows, int32_t columns);
 
-/* Rows of GGUF blocks -> packed, and back; the same bits in another order. */
+/* Rows of GGUF blocks -> packed; the same bits in another order. */
 COVEY_EXPORT int32_t covey_pack(int32_t type, int32_t rows, int32_t columns, const uint8_t* blocks,
                                 uint8_t* packed);
-COVEY_EXPORT int32_t covey_unpack(int32_t type, int32_t rows, int32_t columns,
-                                  const uint8_t* packed, uint8_t* blocks);
 
 /* Bytes of one page of a span of n_blocks blocks; -1 for a shape that is not supported. */
 COVEY_EXPORT int64_t covey_page_bytes(const covey_shape* shape, int32_t n_blocks);

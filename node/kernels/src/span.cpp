@@ -15,7 +15,7 @@ namespace {
 // microseconds; more let the others take over from a thread that was put aside.
 constexpr int kRangesOfOneRow = 1, kRangesOfMany = 4;
 
-bool is_quantized(const covey_matrix& matrix) { return matrix.type != COVEY_F16; }
+bool is_quantized(const covey_matrix& matrix) { return !is_float_type(matrix.type); }
 
 // One pass of up to kMaxRows rows through the blocks of a span.
 class Pass {

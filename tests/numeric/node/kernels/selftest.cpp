@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "abi.h"
+#include "formats.h"
 
 namespace {
 
@@ -47,24 +48,40 @@ uint16_t small_half() {  // between 2^-9 and 2^-6, either sign
     return static_cast<uint16_t>(sign | (6 + random_bits() % 3) << 10 | (random_bits() & 0x3FF));
 }
 
+// Any codes; scales and weights of the size of `small_half`.
+std::vector<uint8_t> random_blocks(int type, int rows, int columns) {
+    std::vector<uint8_t> blocks;
+    const auto put_half = [&](std::size_t at) {
+        const uint16_t half = small_half();
+        std::memcpy(&blocks[at], &half, 2);
+    };
+    const std::size_t n = static_cast<std::size_t>(rows) * columns;
+    if (const covey::Format* format = covey::find_format(type)) {
+        blocks.resize(n / format->columns * format->file_bytes);
+        for (uint8_t& byte : blocks) byte = static_cast<uint8_t>(random_bits());
+        for (std::size_t at = 0; at < blocks.size(); at += format->file_bytes) {
+            put_half(at + format->scale_offset);
+            if (!format->is_centred) put_half(at + format->minimum_offset);
+        }
+        return blocks;
+    }
+    blocks.resize(n * (type == COVEY_F32 ? 4 : 2));
+    for (std::size_t i = 0; i < n; i++) {
+        const float weight = uniform(-0.01f, 0.01f);
+        if (type == COVEY_F32) std::memcpy(&blocks[4 * i], &weight, 4);
+        if (type == COVEY_BF16)  // the upper half, in little-endian order
+            std::memcpy(&blocks[2 * i], reinterpret_cast<const uint8_t*>(&weight) + 2, 2);
+        if (type == COVEY_F16) put_half(2 * i);
+    }
+    return blocks;
+}
+
 struct Packed {
     Packed(int type, int rows, int columns)
         : bytes(static_cast<std::size_t>(covey_packed_bytes(type, rows, columns))),
           matrix{type, rows, columns, 0, bytes.get()} {
-        const int halves = type == COVEY_Q4_1 ? 2 : type == COVEY_Q8_0 ? 1 : 32;
-        const int per_block = type == COVEY_Q4_1 ? 20 : type == COVEY_Q8_0 ? 34 : 64;
-        Exact<uint8_t> blocks(static_cast<std::size_t>(rows) * (columns / 32) * per_block);
-        for (std::size_t i = 0; i < blocks.size; i++)
-            blocks.get()[i] = static_cast<uint8_t>(random_bits());
-        for (std::size_t at = 0; at < blocks.size; at += per_block)
-            for (int i = 0; i < halves; i++) {
-                const uint16_t half = small_half();
-                std::memcpy(blocks.get() + at + 2 * i, &half, 2);
-            }
-        CHECK(covey_pack(type, rows, columns, blocks.get(), bytes.get()) == COVEY_OK);
-        Exact<uint8_t> back(blocks.size);
-        CHECK(covey_unpack(type, rows, columns, bytes.get(), back.get()) == COVEY_OK);
-        CHECK(std::memcmp(back.get(), blocks.get(), blocks.size) == 0);
+        const std::vector<uint8_t> blocks = random_blocks(type, rows, columns);
+        CHECK(covey_pack(type, rows, columns, blocks.data(), bytes.get()) == COVEY_OK);
     }
     Exact<uint8_t> bytes;
     covey_matrix matrix;
@@ -257,6 +274,23 @@ void check_head(int type, int vocabulary, int columns) {
     }
 }
 
+// Rows one at a time and all together, of a matrix with an odd number of rows.
+void check_product(int type) {
+    constexpr int kRows = 37, kColumns = 512, kMost = 33;
+    Packed matrix(type, kRows, kColumns);
+    Engine two(2);
+    Exact<float> x(kMost * kColumns), y(kMost * kRows), single(kRows);
+    for (std::size_t i = 0; i < x.size; i++) x.get()[i] = uniform(-2, 2);
+    for (int n_rows : {1, 2, 3, 5, 11, 12, 14, kMost}) {
+        CHECK(covey_multiply(two.handle, &matrix.matrix, x.get(), n_rows, y.get()) == COVEY_OK);
+        for (int row = 0; row < n_rows; row++) {
+            CHECK(covey_multiply(two.handle, &matrix.matrix, x.get() + row * kColumns, 1,
+                                 single.get()) == COVEY_OK);
+            CHECK(std::memcmp(single.get(), y.get() + row * kRows, kRows * 4) == 0);
+        }
+    }
+}
+
 void check_strange_numbers() {
     Packed matrix(COVEY_Q4_1, 16, 64);
     Engine one(1);
@@ -278,6 +312,7 @@ int main() {
     CHECK(covey_abi_version() == COVEY_ABI_VERSION);
     CHECK(covey_packed_bytes(COVEY_Q4_1, 16, 31) < 0 && covey_packed_bytes(99, 16, 32) < 0);
     CHECK(covey_packed_bytes(COVEY_Q8_0, 0, 32) < 0 && covey_packed_bytes(COVEY_F16, 1, -32) < 0);
+    CHECK(covey_packed_bytes(COVEY_Q4_K, 16, 128) < 0 && covey_packed_bytes(COVEY_Q6_K, 1, 257) < 0);
     CHECK(covey_engine_new(0) == nullptr);
     check_model({64, 4, 2, 16, 96, 16, 1, 1e-5f, COVEY_KV_FP16}, COVEY_Q4_1);
     check_model({96, 9, 3, 32, 64, 32, 0, 1e-5f, COVEY_KV_FP16}, COVEY_Q8_0);
@@ -287,6 +322,8 @@ int main() {
     check_head(COVEY_Q8_0, 101, 64);
     check_head(COVEY_Q4_1, 33, 32);
     check_head(COVEY_F16, 17, 96);
+    for (const covey::Format& format : covey::kFormats) check_product(format.type);
+    for (int type : {COVEY_F32, COVEY_F16, COVEY_BF16}) check_product(type);
     check_strange_numbers();
     std::printf("self-test passed\n");
 }

@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
-from gguf.quants import dequantize, quantize
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from gguf.quants import quantize
 
 from covey.node.engine.errors import (
     CacheOverflow,
@@ -26,10 +24,9 @@ from covey.node.engine.generate import generate_text
 from covey.node.engine.head import load_head
 from covey.node.engine.torch_stage import load_stage
 from covey.node.kernels.errors import KernelsUnavailable
-from covey.node.kernels.library import Engine, Library, MatrixType, load_library, row_bytes
+from covey.node.kernels.library import Engine, Library, load_library
 from covey.node.kernels.native_head import load_native_head
 from covey.node.kernels.native_stage import load_native_stage
-from covey.node.kernels.packed import pack_block
 from covey.node.model.checkpoint import Checkpoint, open_checkpoint
 from covey.node.model.errors import CorruptModel, UnsupportedModel
 from covey.node.model.resolve import resolve_model
@@ -191,57 +188,6 @@ def test_instruction_sets_give_the_same_bits(small: Checkpoint) -> None:
     assert np.array_equal(heads[0].logits(hidden), heads[1].logits(hidden))
 
 
-@pytest.mark.parametrize("kind", list(MatrixType))
-@pytest.mark.parametrize("n_rows", [1, 7, 12, 33])
-def test_a_product_is_within_the_error_of_rounded_activations(
-    library: Library, kind: MatrixType, n_rows: int
-) -> None:
-    random = np.random.default_rng(n_rows)
-    weights = random.normal(size=(50, 2048)).astype(np.float32)
-    blocks = quantize(weights, GGMLQuantizationType(kind))
-    exact = dequantize(blocks, GGMLQuantizationType(kind)).astype(np.float64)
-    x = random.normal(size=(n_rows, 2048)).astype(np.float32)
-    packed = aligned(library.packed_bytes(kind, 50, 2048))
-    library.pack(kind, 50, 2048, blocks.reshape(-1).view(np.uint8), packed)
-    actual = Engine(library, 2).multiply(library.matrix(kind, 50, 2048, packed), x)
-    # Each activation is off by half a step at most, a step being 1/127 of its block's largest.
-    steps = np.abs(x.reshape(n_rows, -1, 32)).max(2).repeat(32, axis=1) / 127
-    bound = 0.0 if kind is MatrixType.F16 else 0.5001 * steps @ np.abs(exact).T
-    assert (np.abs(actual - x @ exact.T) <= bound + 1e-3).all()
-
-
-@given(
-    n=st.integers(1, 40),
-    columns=st.integers(1, 5),
-    scale=st.floats(1e-40, 1e20),
-    seed=st.integers(0, 99),
-)
-@settings(max_examples=40, deadline=None)
-def test_any_product_is_the_same_on_every_instruction_set(
-    n: int, columns: int, scale: float, seed: int
-) -> None:
-    random = np.random.default_rng(seed)
-    x = (random.normal(size=(n, 32 * columns)) * scale).astype(np.float32)
-    portable = load_library("portable")
-    for kind in MatrixType:
-        blocks = random.integers(0, 256, 17 * row_bytes(kind, 32 * columns), dtype=np.uint8)
-        if kind is MatrixType.F16:
-            blocks = random.normal(size=17 * 32 * columns).astype(np.float16).view(np.uint8)
-        results = []
-        for each in (portable, load_library(portable.best_isa)):
-            packed = aligned(each.packed_bytes(kind, 17, 32 * columns))
-            each.pack(kind, 17, 32 * columns, blocks, packed)
-            matrix = each.matrix(kind, 17, 32 * columns, packed)
-            results.append(Engine(each, 1).multiply(matrix, x))
-        assert np.array_equal(results[0], results[1], equal_nan=True)
-
-
-def aligned(n: int) -> Any:
-    memory = np.zeros(n + 64, dtype=np.uint8)
-    first = -memory.ctypes.data % 64
-    return memory[first : first + n]
-
-
 def test_a_stage_cut_in_two_computes_the_same(small: Checkpoint, library: Library) -> None:
     engine = Engine(library, 1)
     whole = load_native_stage(small, (0, 3), engine=engine)
@@ -304,26 +250,6 @@ def test_input_is_not_modified_and_may_be_strided(small: Checkpoint, library: Li
     assert np.array_equal(run(stage, strided, [6]), run(stage, strided.copy(), [6]))
 
 
-def test_packing_loses_nothing(small: Checkpoint, library: Library) -> None:
-    for block_idx in range(SMALL.n_blocks):
-        block = pack_block(library, small, block_idx)
-        for field, name in small.block_tensors(block_idx).items():
-            if field in block.norms:
-                continue
-            matrix = block.matrices[field]
-            back = library.unpack(matrix.kind, matrix.rows, matrix.columns, matrix.data)
-            assert back.tobytes() == bytes(small.source.raw(name))
-
-
-def test_weights_without_a_kernel_are_refused_by_name(tmp_path: Path) -> None:
-    path = write_quantized(tmp_path / "q50.gguf", SMALL, "Q5_0")
-    with (
-        open_checkpoint(path, cache_dir=tmp_path) as checkpoint,
-        pytest.raises(UnsupportedModel, match=r"Q5_0 of tensor 'blk\.0\.attn_q\.weight'"),
-    ):
-        load_native_stage(checkpoint, (0, 3))
-
-
 def test_a_scale_that_is_nan_is_refused_with_its_place(tmp_path: Path) -> None:
     path = write_quantized(tmp_path / "nan.gguf", SMALL, "Q4_1", break_scale=True)
     with open_checkpoint(path, cache_dir=tmp_path) as checkpoint:
@@ -359,7 +285,7 @@ def test_logits_are_close_to_those_of_torch(small: Checkpoint, library: Library)
 
 
 def test_an_instruction_set_that_the_cpu_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(KernelsUnavailable, match="not 'cray'"):
+    with pytest.raises(KernelsUnavailable, match="'cray'"):
         load_library("cray")
     load_library.cache_clear()
     monkeypatch.setenv("COVEY_KERNELS", "portable")
