@@ -44,10 +44,7 @@ class LocalModel:
     def layout(self) -> ModelLayout:
         """What the planner needs to know of the model, as this engine holds it in memory."""
         config, itemsize = self.checkpoint.config, NUMPY_DTYPES[self.dtype].itemsize
-        attention = config.n_heads * config.head_dim * config.hidden_size * 2
-        attention += config.n_kv_heads * config.head_dim * config.hidden_size * 2
-        weights = attention + 3 * config.intermediate_size * config.hidden_size
-        block_bytes = (weights + 2 * config.hidden_size) * itemsize
+        block_bytes = config.block_weights * itemsize
         embedding_bytes = config.vocab_size * config.hidden_size * itemsize
         return ModelLayout(
             digest=self.digest,
