@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from typing import Any, Literal, get_args
 
 import psutil
@@ -20,9 +19,10 @@ from .errors import ConfigError
 from .kernels.errors import KernelsUnavailable
 from .kernels.library import Engine as NativeEngine
 from .kernels.library import load_library
-from .kernels.native_head import load_native_head
+from .kernels.native_head import head_parts, load_native_head
 from .kernels.native_stage import KV_ITEMSIZE, kernel_shape, load_native_stage
-from .kernels.packed import packed_block_bytes, packed_size
+from .kernels.packed import block_bytes
+from .kernels.packed_cache import PackedCache
 from .model.checkpoint import Checkpoint
 from .model.errors import UnsupportedModel
 
@@ -42,7 +42,7 @@ class WeightSizes:
 
     blocks: tuple[int, ...]
     embedding: int
-    head: int  # 0 if the embedding serves as the output matrix too
+    head: int  # without the embedding, which may serve as the output matrix too
     kv_per_token_per_block: int
 
 
@@ -52,9 +52,15 @@ class Engines:
     `choice` "auto" is native wherever the library is there and has kernels for the model.
     """
 
-    def __init__(self, choice: EngineChoice = "auto", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        choice: EngineChoice = "auto",
+        threads: int | None = None,
+        cache: PackedCache | None = None,
+    ) -> None:
         self.choice = choice
         self.threads = threads or default_threads()
+        self._cache = cache or PackedCache()
 
     def kind_of(self, checkpoint: Checkpoint) -> EngineKind:
         """The engine that runs a model here.
@@ -82,11 +88,12 @@ class Engines:
     ) -> Stage:
         """Read the blocks of `span`; see the loaders of each engine.
 
-        With `verify` each block is hashed first: CorruptModel if it is not what it was.
+        With `verify` each block is hashed first: CorruptModel if it is not what it was. The
+        native engine always does so when it packs one, and then keeps it on disk.
         """
         if kind == "native":
             return load_native_stage(
-                checkpoint, span, engine=self._native, on_block=on_block, verify=verify
+                checkpoint, span, engine=self._native, on_block=on_block, cache=self._cache
             )
         self._set_torch_threads()
         from .engine.torch_stage import load_stage
@@ -96,7 +103,7 @@ class Engines:
     def load_head(self, checkpoint: Checkpoint, kind: EngineKind) -> Head:
         """Read embedding, final norm and output matrix."""
         if kind == "native":
-            return load_native_head(checkpoint, engine=self._native)
+            return load_native_head(checkpoint, engine=self._native, cache=self._cache)
         self._set_torch_threads()
         from .engine.head import load_head
 
@@ -129,9 +136,9 @@ def why_not_native(checkpoint: Checkpoint) -> str | None:
         library = load_library()
         kernel_shape(checkpoint.config)
         for block_idx in range(checkpoint.config.n_blocks):
-            packed_block_bytes(library, checkpoint, block_idx)
-        for name in {checkpoint.names.embedding, _output_name(checkpoint)}:
-            packed_size(library, checkpoint.source.tensors[name])
+            block_bytes(library, checkpoint.block_parts(block_idx))
+        for parts in head_parts(checkpoint).values():
+            block_bytes(library, parts)
     except (KernelsUnavailable, UnsupportedModel) as error:
         return str(error)
     return None
@@ -139,31 +146,23 @@ def why_not_native(checkpoint: Checkpoint) -> str | None:
 
 def weight_sizes(checkpoint: Checkpoint, kind: EngineKind) -> WeightSizes:
     """What `kind` takes in memory; the same on every machine, for plans are judged by it."""
-    config, tensors = checkpoint.config, checkpoint.source.tensors
-    ends = [tensors[checkpoint.names.embedding]]
-    if not config.tied_embeddings:
-        ends.append(tensors[checkpoint.names.head])
-    blocks = range(config.n_blocks)
+    config = checkpoint.config
     if kind == "native":
-        library = load_library()
-        sizes = tuple(packed_block_bytes(library, checkpoint, block_idx) for block_idx in blocks)
-        end_sizes = [packed_size(library, info) for info in ends]
-        kv_itemsize = KV_ITEMSIZE
-    else:
-        kv_itemsize = itemsize(HIDDEN_DTYPES[kind])
-        sizes = tuple(
-            kv_itemsize * sum(prod(tensors[name].shape) for name in names.values())
-            for names in map(checkpoint.block_tensors, blocks)
+        library, ends = load_library(), head_parts(checkpoint)
+        return WeightSizes(
+            blocks=tuple(
+                block_bytes(library, checkpoint.block_parts(block_idx))
+                for block_idx in range(config.n_blocks)
+            ),
+            embedding=block_bytes(library, ends["embedding"]),
+            head=block_bytes(library, ends["head"]),
+            kv_per_token_per_block=config.kv_bytes_per_token(1, KV_ITEMSIZE),
         )
-        end_sizes = [kv_itemsize * prod(info.shape) for info in ends]
+    element = itemsize(HIDDEN_DTYPES[kind])
+    embedding = config.vocab_size * config.hidden_size * element
     return WeightSizes(
-        blocks=sizes,
-        embedding=end_sizes[0],
-        head=sum(end_sizes[1:]),
-        kv_per_token_per_block=config.kv_bytes_per_token(1, kv_itemsize),
+        blocks=(config.block_weights * element,) * config.n_blocks,
+        embedding=embedding,
+        head=0 if config.tied_embeddings else embedding,
+        kv_per_token_per_block=config.kv_bytes_per_token(1, element),
     )
-
-
-def _output_name(checkpoint: Checkpoint) -> str:
-    names = checkpoint.names
-    return names.embedding if checkpoint.config.tied_embeddings else names.head

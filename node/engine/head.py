@@ -67,7 +67,8 @@ class TorchHead:
         for token in ids:
             if not 0 <= token < self.vocab_size:
                 raise UnknownToken(token, self.vocab_size)
-        return hidden_to_numpy(F.embedding(torch.tensor(ids), self._embedding))
+        hidden = F.embedding(torch.tensor(ids), self._embedding)
+        return hidden_to_numpy(hidden * self._config.embedding_scale)
 
     @torch.inference_mode()
     def logits(self, hidden: HiddenStates) -> npt.NDArray[np.float32]:

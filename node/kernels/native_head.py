@@ -15,52 +15,66 @@ from covey.node.engine.stage import Head
 from covey.node.engine.tensors import EngineDtype, HiddenStates, check_hidden
 from covey.node.model.checkpoint import Checkpoint
 from covey.node.model.config import ModelConfig
+from covey.node.model.tensor_source import TensorSlice
 
-from .library import Engine, Floats, load_library
-from .packed import PackedMatrix, load_norm, pack_matrix
+from .library import Engine, load_library
+from .packed import PackedBlock, pack_block
+from .packed_cache import PackedCache
 
 
 def load_native_head(
-    checkpoint: Checkpoint, threads: int = 1, *, engine: Engine | None = None
+    checkpoint: Checkpoint,
+    threads: int = 1,
+    *,
+    engine: Engine | None = None,
+    cache: PackedCache | None = None,
 ) -> Head:
     """Read and pack the embedding, the final norm and, unless it is tied, the output matrix.
 
-    `threads` and `engine` are as in `load_native_stage`.
+    `threads`, `engine` and `cache` are as in `load_native_stage`.
 
     Raises:
         KernelsUnavailable, UnsupportedModel, CorruptModel: see `load_native_stage`.
     """
     engine = engine or Engine(load_library(), threads)
-    tensors, names, config = checkpoint.source.tensors, checkpoint.names, checkpoint.config
-    embedding = pack_matrix(engine.library, checkpoint, tensors[names.embedding])
-    output = embedding
-    if not config.tied_embeddings:
-        output = pack_matrix(engine.library, checkpoint, tensors[names.head])
-    norm = load_norm(checkpoint, tensors[names.output_norm])
-    return NativeHead(config, embedding=embedding, norm=norm, output=output, engine=engine)
+
+    def load(blob: str) -> PackedBlock:
+        parts = head_parts(checkpoint)[blob]
+        if cache is None:
+            return pack_block(engine.library, checkpoint, parts)
+        return cache.load(engine.library, checkpoint, blob, parts)
+
+    return NativeHead(checkpoint.config, load("embedding"), load("head"), engine)
+
+
+def head_parts(checkpoint: Checkpoint) -> dict[str, dict[str, TensorSlice]]:
+    """Blob -> field -> where it lies: what a head holds."""
+
+    def whole(name: str) -> TensorSlice:
+        info = checkpoint.source.tensors[name]
+        return TensorSlice.of(info, 0, info.shape[0])
+
+    head = {"output_norm": checkpoint.output_norm_part()}
+    if not checkpoint.config.tied_embeddings:
+        head["output"] = whole(checkpoint.names.head)
+    return {"embedding": {"embedding": whole(checkpoint.names.embedding)}, "head": head}
 
 
 class NativeHead:
     """A `Head` on the native library; made by `load_native_head`."""
 
     def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        embedding: PackedMatrix,
-        norm: Floats,
-        output: PackedMatrix,
-        engine: Engine,
+        self, config: ModelConfig, embedding: PackedBlock, head: PackedBlock, engine: Engine
     ) -> None:
         self.dtype: EngineDtype = "fp32"
         self.vocab_size = config.vocab_size
-        matrices = {id(matrix): matrix for matrix in (embedding, output)}.values()
-        self.weight_bytes = norm.nbytes + sum(matrix.data.nbytes for matrix in matrices)
+        self.weight_bytes = embedding.buffer.nbytes + head.buffer.nbytes
         self._config = config
-        self._owned = (embedding, output)  # keeps alive what the two below point to
-        self._embedding = embedding.describe(engine.library)
+        self._owned = (embedding, head)  # keeps alive what the others point to
+        self._embedding = embedding.matrices["embedding"].describe(engine.library)
+        output = head.matrices.get("output", embedding.matrices["embedding"])
         self._output = output.describe(engine.library)
-        self._norm = norm
+        self._norm = head.floats["output_norm"]
         self._engine = engine
 
     def embed(self, ids: Sequence[int]) -> HiddenStates:

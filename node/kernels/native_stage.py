@@ -30,6 +30,7 @@ from covey.node.model.errors import UnsupportedModel
 
 from .library import PAGE_TOKENS, Block, Bytes, Engine, PageTable, Shape, load_library, page_memory
 from .packed import PackedBlock, pack_block
+from .packed_cache import PackedCache
 from .pages import PagePool, SessionPages
 
 KV_ITEMSIZE = 2  # fp16
@@ -45,7 +46,7 @@ def load_native_stage(
     engine: Engine | None = None,
     kv_bytes: int | None = None,
     kept_bytes: int = KEPT_BYTES,
-    verify: bool = False,
+    cache: PackedCache | None = None,
 ) -> NativeStage:
     """Read and pack the blocks of `span`, and nothing else of the model.
 
@@ -57,13 +58,13 @@ def load_native_stage(
         engine: to share with a head or another stage; by default one of its own.
         kv_bytes: of KV cache in all; by default sessions get what they ask for.
         kept_bytes: of it, what ended sessions may leave behind for others that begin alike.
-        verify: hash each block first, against `checkpoint.blobs()`.
+        cache: where packed blocks are kept on disk; by default they are packed into memory.
 
     Raises:
         ValueError: not a span of this model.
         KernelsUnavailable: no library.
         UnsupportedModel: a shape or tensor type that the kernels do not have; torch may.
-        CorruptModel: a weight's scale is NaN or infinite, or with `verify` a block is not what
+        CorruptModel: a weight's scale is NaN or infinite, or with `cache` a block is not what
             `checkpoint.blobs` says.
     """
     start, end = span
@@ -73,9 +74,12 @@ def load_native_stage(
     shape = kernel_shape(checkpoint.config)
     blocks = []
     for block_idx in range(start, end):
-        if verify:
-            checkpoint.verify_block(block_idx)
-        blocks.append(pack_block(engine.library, checkpoint, block_idx))
+        parts = checkpoint.block_parts(block_idx)
+        blocks.append(
+            pack_block(engine.library, checkpoint, parts)
+            if cache is None
+            else cache.load(engine.library, checkpoint, f"block.{block_idx}", parts)
+        )
         if on_block:
             on_block(len(blocks), end - start)
     return NativeStage(
@@ -243,6 +247,10 @@ def kernel_shape(config: ModelConfig) -> Shape:
     Raises:
         UnsupportedModel: widths that are not whole vectors.
     """
+    if config.features():
+        raise UnsupportedModel(
+            f"{config.features()[0]} ({config.architecture}) in the native engine", ("plain Llama",)
+        )
     if config.head_dim % 16:
         raise UnsupportedModel(f"head_dim = {config.head_dim}", ("multiples of 16",))
     for field in ("hidden_size", "intermediate_size"):

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 
 from covey.node.model.checkpoint import Checkpoint
 from covey.node.model.errors import CorruptModel, UnsupportedModel
-from covey.node.model.tensor_source import TensorInfo, to_float32
+from covey.node.model.tensor_source import TensorInfo, TensorSlice
 
 from .library import Block, Bytes, Floats, Library, Matrix
 from .matrix_type import MatrixType
 
 ALIGNMENT = 64
-MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
-NORMS = ("attn_norm", "ffn_norm")
-_NORM_TYPES = ("F32", "F16", "BF16")
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # with experts "gate.0" and so on
+_FLOAT_TYPES = ("F32", "F16", "BF16")  # of what is kept as float32: norms, biases, routers
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,62 +43,66 @@ class PackedBlock:
     """One decoder block; everything is a view of `buffer`."""
 
     buffer: Bytes
-    matrices: Mapping[str, PackedMatrix]  # by field of `BlockWeights`
-    norms: Mapping[str, Floats]
+    matrices: Mapping[str, PackedMatrix]  # by field of `Checkpoint.block_parts`
+    floats: Mapping[str, Floats]  # norms, biases, the router
 
     def describe(self, library: Library) -> Block:
         """What the library is told of it; keep this object alive meanwhile."""
         return Block(
-            *(self.norms[name].ctypes.data for name in NORMS),
+            *(self.floats[name].ctypes.data for name in ("attn_norm", "ffn_norm")),
             *(self.matrices[name].describe(library) for name in MATRICES),
         )
 
 
-def pack_block(library: Library, checkpoint: Checkpoint, block_idx: int) -> PackedBlock:
-    """Read one block and pack it.
+def block_bytes(library: Library, parts: Mapping[str, TensorSlice]) -> int:
+    """Bytes that a block of these parts takes when packed; raises UnsupportedModel."""
+    return sum(_aligned(_part_bytes(library, name, part)) for name, part in parts.items())
+
+
+def view_block(library: Library, parts: Mapping[str, TensorSlice], buffer: Bytes) -> PackedBlock:
+    """A buffer of `block_bytes` as what is in it, or will be: nothing is copied.
 
     Raises:
-        IndexError: no such block.
+        UnsupportedModel: a tensor's type or shape has no kernel.
+    """
+    matrices, floats, at = {}, {}, 0
+    for name, part in parts.items():
+        size = _part_bytes(library, name, part)
+        data = buffer[at : at + size]
+        if is_matrix(name):
+            rows, columns = part.info.shape
+            matrices[name] = PackedMatrix(matrix_type(part.info), rows, columns, data)
+        else:
+            floats[name] = data.view(np.float32).reshape(part.info.shape)
+        at += _aligned(size)
+    return PackedBlock(buffer, matrices, floats)
+
+
+def pack_block(
+    library: Library,
+    checkpoint: Checkpoint,
+    parts: Mapping[str, TensorSlice],
+    buffer: Bytes | None = None,
+) -> PackedBlock:
+    """Read the parts of one block, or other parts, and pack them into zeroed `buffer`.
+
+    Raises:
         UnsupportedModel: a tensor's type or shape has no kernel.
         CorruptModel: a scale is NaN or infinite.
     """
-    names = checkpoint.block_tensors(block_idx)
-    infos = {field: checkpoint.source.tensors[name] for field, name in names.items()}
-    parts = _aligned_parts(_part_sizes(library, infos))
-    matrices = {
-        field: pack_matrix(library, checkpoint, infos[field], parts[field]) for field in MATRICES
-    }
-    norms = {}
-    for field in NORMS:
-        norms[field] = parts[field].view(np.float32)
-        norms[field][:] = load_norm(checkpoint, infos[field])
-    return PackedBlock(parts[""], matrices, norms)
+    if buffer is None:
+        buffer = aligned_memory(block_bytes(library, parts))
+    block = view_block(library, parts, buffer)
+    for name, matrix in block.matrices.items():
+        _pack_matrix(library, checkpoint, parts[name], matrix)
+    for name, values in block.floats.items():
+        values[:] = checkpoint.read(parts[name])
+    return block
 
 
-def pack_matrix(
-    library: Library, checkpoint: Checkpoint, info: TensorInfo, out: Bytes | None = None
-) -> PackedMatrix:
-    """Pack one matrix into `out` of `packed_size` bytes, or into memory of its own."""
-    kind, (rows, columns) = matrix_type(info), info.shape
-    if out is None:
-        out = _aligned_parts({"matrix": packed_size(library, info)})["matrix"]
-    blocks = np.frombuffer(checkpoint.source.raw(info.name), dtype=np.uint8)
-    bad = kind.first_not_finite(blocks)
-    if bad is not None:
-        raise CorruptModel(
-            checkpoint.path,
-            info.name,
-            f"expected finite numbers in the block at byte {info.offset + bad}",
-        )
-    library.pack(kind, rows, columns, blocks, out)
-    return PackedMatrix(kind, rows, columns, out)
-
-
-def load_norm(checkpoint: Checkpoint, info: TensorInfo) -> Floats:
-    """A norm's weight as float32."""
-    if info.type not in _NORM_TYPES:
-        raise UnsupportedModel(f"type {info.type} of tensor {info.name!r}", _NORM_TYPES)
-    return to_float32(info, checkpoint.source.raw(info.name))
+def is_matrix(name: str) -> bool:
+    """Whether a part is packed; else it is kept as float32."""
+    return name.partition(".")[0] in (*MATRICES, "embedding", "output")
 
 
 def matrix_type(info: TensorInfo) -> MatrixType:
@@ -112,7 +116,7 @@ def matrix_type(info: TensorInfo) -> MatrixType:
 
 
 def packed_size(library: Library, info: TensorInfo) -> int:
-    """Bytes that a tensor takes when packed; raises UnsupportedModel."""
+    """Bytes that a matrix takes when packed; raises UnsupportedModel."""
     kind = matrix_type(info)
     multiple = max(kind.block_columns, 32)
     if len(info.shape) != 2 or info.shape[1] % multiple:
@@ -123,29 +127,34 @@ def packed_size(library: Library, info: TensorInfo) -> int:
     return library.packed_bytes(kind, *info.shape)
 
 
-def packed_block_bytes(library: Library, checkpoint: Checkpoint, block_idx: int) -> int:
-    """Bytes that a block takes when packed; raises UnsupportedModel."""
-    names = checkpoint.block_tensors(block_idx)
-    infos = {field: checkpoint.source.tensors[name] for field, name in names.items()}
-    return _end_of(_part_sizes(library, infos))
-
-
-def _part_sizes(library: Library, infos: Mapping[str, TensorInfo]) -> dict[str, int]:
-    sizes = {field: packed_size(library, infos[field]) for field in MATRICES}
-    return sizes | {field: 4 * infos[field].shape[0] for field in NORMS}
-
-
-def _end_of(sizes: Mapping[str, int]) -> int:
-    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes.values())
-
-
-def _aligned_parts(sizes: Mapping[str, int]) -> dict[str, Bytes]:
-    """Views of one new buffer by name, each aligned; the buffer itself is under ""."""
-    starts, end = {}, 0
-    for name, size in sizes.items():
-        starts[name] = end
-        end += -(-size // ALIGNMENT) * ALIGNMENT
-    memory = np.zeros(end + ALIGNMENT, dtype=np.uint8)
+def aligned_memory(n_bytes: int) -> Bytes:
+    """Zeros that begin where the kernels want it."""
+    memory = np.zeros(n_bytes + ALIGNMENT, dtype=np.uint8)
     first = -memory.ctypes.data % ALIGNMENT
-    buffer = memory[first : first + end]
-    return {"": buffer} | {name: buffer[at : at + sizes[name]] for name, at in starts.items()}
+    return memory[first : first + n_bytes]
+
+
+def _part_bytes(library: Library, name: str, part: TensorSlice) -> int:
+    if is_matrix(name):
+        return packed_size(library, part.info)
+    if part.info.type not in _FLOAT_TYPES:
+        raise UnsupportedModel(f"type {part.info.type} of tensor {part.tensor!r}", _FLOAT_TYPES)
+    return 4 * prod(part.info.shape)
+
+
+def _pack_matrix(
+    library: Library, checkpoint: Checkpoint, part: TensorSlice, matrix: PackedMatrix
+) -> None:
+    blocks = np.frombuffer(checkpoint.raw(part), dtype=np.uint8)
+    bad = matrix.kind.first_not_finite(blocks)
+    if bad is not None:
+        raise CorruptModel(
+            checkpoint.path,
+            part.tensor,
+            f"expected finite numbers in the block at byte {part.info.offset + bad}",
+        )
+    library.pack(matrix.kind, matrix.rows, matrix.columns, blocks, matrix.data)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -23,16 +23,18 @@ from .blob_cache import Blob, BlobCache
 from .config import ModelConfig
 from .errors import CorruptModel, ModelNotFound, UnsupportedModel
 from .gguf import GgufFile
+from .gguf_config import gguf_config
+from .hugging_face_config import hugging_face_config
 from .layouts import (
-    GGUF_NAMES,
-    HUGGING_FACE_NAMES,
     TensorNames,
+    block_parts,
     check,
-    gguf_config,
-    hugging_face_config,
+    expert_field,
+    gguf_names,
+    hugging_face_names,
 )
 from .safetensors import open_safetensors, read_json
-from .tensor_source import TensorSource, to_float32
+from .tensor_source import FloatArray, TensorSlice, TensorSource, slice_to_float32, to_float32
 from .tokenizer import Tokenizer
 from .tokenizer_spec import build_tokenizer, folder_spec, gguf_spec
 
@@ -42,7 +44,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockWeights:
-    """The weights of one decoder block, fp32; matrices are [out, in] as `F.linear` takes them."""
+    """The weights of one decoder block, fp32; matrices are [out, in] as `F.linear` takes them.
+
+    With X experts, gate, up and down have one more dimension in front.
+    """
 
     attn_norm: Tensor  # [D]
     q: Tensor  # [H*E, D]
@@ -50,9 +55,18 @@ class BlockWeights:
     v: Tensor  # [K*E, D]
     o: Tensor  # [D, H*E]
     ffn_norm: Tensor  # [D]
-    gate: Tensor  # [intermediate, D]
-    up: Tensor  # [intermediate, D]
-    down: Tensor  # [D, intermediate]
+    gate: Tensor  # [intermediate, D] or [X, intermediate, D]
+    up: Tensor  # like gate
+    down: Tensor  # [D, intermediate] or [X, D, intermediate]
+    # None where the model has none:
+    q_bias: Tensor | None = None  # [H*E]
+    k_bias: Tensor | None = None  # [K*E]
+    v_bias: Tensor | None = None  # [K*E]
+    q_norm: Tensor | None = None  # [E]
+    k_norm: Tensor | None = None  # [E]
+    post_attn_norm: Tensor | None = None  # [D]
+    post_ffn_norm: Tensor | None = None  # [D]
+    router: Tensor | None = None  # [X, D]
 
 
 class Checkpoint:
@@ -87,14 +101,51 @@ class Checkpoint:
         Raises:
             IndexError: no such block.
         """
-        names = self.block_tensors(block_idx)
-        return BlockWeights(**{field: self._tensor(name) for field, name in names.items()})
+        import torch
 
-    def block_tensors(self, block_idx: int) -> dict[str, str]:
-        """Field of `BlockWeights` -> the file's tensor name, for engines that read raw bytes."""
+        parts = self.block_parts(block_idx)
+        read: dict[str, Tensor] = {}
+        for name in ("gate", "up", "down") if self.config.n_experts else ():
+            experts = [
+                parts.pop(expert_field(name, expert)) for expert in range(self.config.n_experts)
+            ]
+            read[name] = torch.stack([self._slice(expert) for expert in experts])
+        return BlockWeights(**read, **{name: self._slice(part) for name, part in parts.items()})
+
+    def block_parts(self, block_idx: int) -> dict[str, TensorSlice]:
+        """Field of `BlockWeights` -> where it lies, for engines that pack raw bytes.
+
+        A field is there if the model has it. Matrices of experts are fields of their own:
+        "gate.0", "up.0", "down.0" and so on (see `expert_field`). `raw` gives a slice's bytes;
+        its `info` has type, [rows, columns] and offset as if it were a tensor by itself.
+
+        Raises:
+            IndexError: no such block.
+        """
         if not 0 <= block_idx < self.config.n_blocks:
             raise IndexError(f"block {block_idx} of {self.config.n_blocks}")
-        return self.names.block.at(block_idx)
+        parts = block_parts(self.names, self.config, block_idx)
+        return {name: part.resolve(self.source) for name, part in parts.items()}
+
+    def block_tensors(self, block_idx: int) -> dict[str, str]:
+        """Field -> the file's tensor name, of plain Llama, where each is a tensor of its own.
+
+        Raises:
+            IndexError: no such block.
+            UnsupportedModel: another architecture, see `block_parts`.
+        """
+        parts = self.block_parts(block_idx)
+        if self.config.features() or self.names.is_fused:
+            raise UnsupportedModel(f"{self.config.architecture} by whole tensors", ("llama",))
+        return {name: part.tensor for name, part in parts.items()}
+
+    def raw(self, part: TensorSlice) -> memoryview:
+        """The bytes of one slice, read-only and not copied."""
+        return part.raw(self.source)
+
+    def read(self, part: TensorSlice) -> FloatArray:
+        """One slice as float32, `part.offset` added: norms and biases, for any engine."""
+        return slice_to_float32(part, self.source)
 
     def embedding(self) -> Tensor:
         """Token embeddings [V, D], fp32."""
@@ -102,7 +153,12 @@ class Checkpoint:
 
     def output_norm(self) -> Tensor:
         """Weight of the final RMSNorm [D], fp32."""
-        return self._tensor(self.names.output_norm)
+        return self._slice(self.output_norm_part())
+
+    def output_norm_part(self) -> TensorSlice:
+        """Where the final RMSNorm's weight lies; `read` it."""
+        info = self.source.tensors[self.names.output_norm]
+        return TensorSlice.of(info, 0, info.shape[0], offset=self.names.norm_offset)
 
     def head(self) -> Tensor | None:
         """Output matrix [V, D], fp32; None if it is tied to the embedding."""
@@ -151,20 +207,20 @@ class Checkpoint:
         for info in tensors:
             yield self.source.raw(info.name)
 
-    def verify_block(self, block_idx: int, sha256: str | None = None) -> None:
-        """Hash the block's bytes as they are on disk now.
+    def verify_blob(self, name: str, sha256: str | None = None) -> None:
+        """Hash a blob's bytes as they are on disk now.
 
         Args:
-            block_idx: which block.
+            name: one of `blobs`.
             sha256: what a manifest says it is; by default what `blobs` says.
 
         Raises:
+            KeyError: no blob of that name.
             CorruptModel: the bytes are not those.
         """
-        name = f"block.{block_idx}"
-        self.block_tensors(block_idx)
+        actual = self._hash(name).sha256
         expected = sha256 or next(blob.sha256 for blob in self.blobs() if blob.name == name)
-        if self._hash(name).sha256 != expected:
+        if actual != expected:
             raise CorruptModel(self.path, name, f"expected SHA-256 {expected}")
 
     def close(self) -> None:
@@ -189,6 +245,11 @@ class Checkpoint:
 
         return torch.from_numpy(to_float32(self.source.tensors[name], self.source.raw(name)))
 
+    def _slice(self, part: TensorSlice) -> Tensor:
+        import torch
+
+        return torch.from_numpy(self.read(part))
+
     def _blob_names(self) -> tuple[str, ...]:
         blocks = (f"block.{block_idx}" for block_idx in range(self.config.n_blocks))
         return (*blocks, "embedding", "head", "tokenizer")
@@ -202,8 +263,8 @@ class Checkpoint:
         kind, _, index = name.partition(".")
         if kind != "block" or not index.isdecimal():
             raise KeyError(name)
-        names = self.block_tensors(int(index))
-        return [names[field.name] for field in fields(BlockWeights)]
+        # A tensor that several fields share is there once.
+        return list(dict.fromkeys(part.tensor for part in self.block_parts(int(index)).values()))
 
     def _hash(self, name: str) -> Blob:
         sha256, nbytes = hashlib.sha256(), 0
@@ -241,11 +302,12 @@ def _open_gguf(path: Path, cache_dir: Path | None) -> Checkpoint:
     file = GgufFile(path)
     try:
         name = file.metadata.get("general.name")
+        config = gguf_config(file)
         return Checkpoint(
             name=name if isinstance(name, str) and name else path.stem,
-            config=gguf_config(file),
+            config=config,
             source=file,
-            names=GGUF_NAMES,
+            names=gguf_names(config),
             tokenizer_spec=gguf_spec(file),
             cache=BlobCache.beside([path], cache_dir),
         )
@@ -262,11 +324,12 @@ def _open_hugging_face(path: Path, cache_dir: Path | None) -> Checkpoint:
     values = read_json(config_path)
     source = open_safetensors(path)
     try:
+        config = hugging_face_config(config_path, values, source)
         return Checkpoint(
             name=folder.resolve().name,
-            config=hugging_face_config(config_path, values, source),
+            config=config,
             source=source,
-            names=HUGGING_FACE_NAMES,
+            names=hugging_face_names(config),
             tokenizer_spec=folder_spec(folder) if (folder / "tokenizer.json").is_file() else {},
             cache=BlobCache.beside([*source.files, *sorted(folder.glob("*.json*"))], cache_dir),
         )

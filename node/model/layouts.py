@@ -1,27 +1,25 @@
-"""How each file format names what a Llama-type decoder needs: configuration and tensors.
+"""Where a block's weights lie in a file: names, shapes, and which rows of which tensor.
 
-Two layouts, GGUF and Hugging Face. Both end in the same `ModelConfig` and `TensorNames`; `check`
-then holds every tensor's shape against the configuration, so that a stage can trust them.
+Two layouts, GGUF and Hugging Face. Both end in the same fields (those of `BlockWeights`) and the
+same `TensorSlice`s, so nothing behind this module knows that Phi-3 keeps q, k and v in one tensor
+or that experts are stacked in one file and apart in another. `check` holds every tensor's shape
+against the configuration, so that a stage can trust them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
 
-import numpy as np
-
-from .config import ModelConfig, llama3_rope_factors
+from .config import ModelConfig
 from .errors import CorruptModel, UnsupportedModel
-from .gguf import GgufFile
-from .tensor_source import TensorSource, to_float32
+from .tensor_source import TensorSlice, TensorSource
 
 
 @dataclass(frozen=True, slots=True)
 class BlockNames:
-    """The tensor names of one block, with `{}` for its index."""
+    """The tensor names of one plain block, with `{}` for its index."""
 
     attn_norm: str
     q: str
@@ -40,13 +38,18 @@ class BlockNames:
 
 @dataclass(frozen=True, slots=True)
 class TensorNames:
-    """What the tensors of a model are called in its file."""
+    """What the tensors of a model are called in its file, and how they are stored there."""
 
     block: BlockNames
     block_prefix: str
     embedding: str
     output_norm: str
     head: str
+    # Names of what plain Llama does not have, as in `block`; a second {} is the expert's index.
+    more: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    is_fused: bool = False  # q, k, v are rows of one tensor, gate and up of another
+    has_stacked_experts: bool = False  # one tensor [n_experts, rows, columns] for all of them
+    norm_offset: float = 0.0  # what is added to the weights of every norm
 
 
 GGUF_NAMES = TensorNames(
@@ -65,6 +68,24 @@ GGUF_NAMES = TensorNames(
     embedding="token_embd.weight",
     output_norm="output_norm.weight",
     head="output.weight",
+    more=MappingProxyType(
+        {
+            "q_bias": "blk.{}.attn_q.bias",
+            "k_bias": "blk.{}.attn_k.bias",
+            "v_bias": "blk.{}.attn_v.bias",
+            "q_norm": "blk.{}.attn_q_norm.weight",
+            "k_norm": "blk.{}.attn_k_norm.weight",
+            "post_attn_norm": "blk.{}.post_attention_norm.weight",
+            "post_ffn_norm": "blk.{}.post_ffw_norm.weight",
+            "qkv": "blk.{}.attn_qkv.weight",
+            "gate_up": "blk.{}.ffn_up.weight",
+            "router": "blk.{}.ffn_gate_inp.weight",
+            "expert_gate": "blk.{}.ffn_gate_exps.weight",
+            "expert_up": "blk.{}.ffn_up_exps.weight",
+            "expert_down": "blk.{}.ffn_down_exps.weight",
+        }
+    ),
+    has_stacked_experts=True,
 )
 
 HUGGING_FACE_NAMES = TensorNames(
@@ -83,137 +104,136 @@ HUGGING_FACE_NAMES = TensorNames(
     embedding="model.embed_tokens.weight",
     output_norm="model.norm.weight",
     head="lm_head.weight",
+    more=MappingProxyType(
+        {
+            "q_bias": "model.layers.{}.self_attn.q_proj.bias",
+            "k_bias": "model.layers.{}.self_attn.k_proj.bias",
+            "v_bias": "model.layers.{}.self_attn.v_proj.bias",
+            "q_norm": "model.layers.{}.self_attn.q_norm.weight",
+            "k_norm": "model.layers.{}.self_attn.k_norm.weight",
+            "post_attn_norm": "model.layers.{}.post_attention_layernorm.weight",
+            "post_ffn_norm": "model.layers.{}.post_feedforward_layernorm.weight",
+            "qkv": "model.layers.{}.self_attn.qkv_proj.weight",
+            "gate_up": "model.layers.{}.mlp.gate_up_proj.weight",
+            "router": "model.layers.{}.mlp.gate.weight",
+            "expert_gate": "model.layers.{}.mlp.experts.{}.gate_proj.weight",
+            "expert_up": "model.layers.{}.mlp.experts.{}.up_proj.weight",
+            "expert_down": "model.layers.{}.mlp.experts.{}.down_proj.weight",
+        }
+    ),
 )
 
-_ROPE_FREQS = "rope_freqs.weight"
 _ROTARY_BUFFER = (
     ".self_attn.rotary_emb.inv_freq"  # old exports store it; it follows from the config
 )
 
 
-def gguf_config(file: GgufFile) -> ModelConfig:
-    """The configuration that a GGUF file declares.
+def gguf_names(config: ModelConfig) -> TensorNames:
+    """What a GGUF file calls this model's tensors."""
+    return replace(GGUF_NAMES, is_fused=config.architecture == "phi3")
 
-    Raises:
-        CorruptModel: a key is missing or has the wrong type.
-        UnsupportedModel: an architecture or feature that the engine does not compute.
-        ModelError: a value out of its limits.
+
+def hugging_face_names(config: ModelConfig) -> TensorNames:
+    """What a safetensors file calls this model's tensors."""
+    names = replace(HUGGING_FACE_NAMES, is_fused=config.architecture == "phi3")
+    if config.architecture == "gemma3":
+        # Its norms multiply by 1 + weight; llama.cpp's converter adds the 1.
+        ffn_norm = "model.layers.{}.pre_feedforward_layernorm.weight"
+        names = replace(names, block=replace(names.block, ffn_norm=ffn_norm), norm_offset=1.0)
+    return names
+
+
+def expert_field(name: str, expert_idx: int) -> str:
+    """The field of one expert's matrix in `block_parts`: "gate.0" and so on."""
+    return f"{name}.{expert_idx}"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Where one field of a block lies: a whole tensor, or rows of it.
+
+    `rows` count in the tensor seen as a matrix: one of [n_experts, rows, columns] has
+    n_experts * rows of them.
     """
-    keys = _Keys(file.path, file.metadata)
-    architecture = keys.text("general.architecture")
-    if architecture != "llama":
-        raise UnsupportedModel(f"architecture {architecture!r}", ("llama",))
-    if keys.number("llama.expert_count", 0):
-        raise UnsupportedModel("mixture of experts in 'llama'", ("dense llama",))
-    hidden_size = keys.number("llama.embedding_length")
-    n_heads = keys.number("llama.attention.head_count")
-    head_dim = keys.number("llama.attention.key_length", hidden_size // max(n_heads, 1))
-    if keys.number("llama.attention.value_length", head_dim) != head_dim:
-        raise UnsupportedModel("values of another width than keys", ("equal widths",))
-    rope_dim = keys.number("llama.rope.dimension_count", head_dim)
-    embedding = file.tensors.get(GGUF_NAMES.embedding)
-    if embedding is None or len(embedding.shape) != 2:
-        raise CorruptModel(file.path, GGUF_NAMES.embedding, "expected a matrix of embeddings")
-    return ModelConfig(
-        architecture=architecture,
-        n_blocks=keys.number("llama.block_count"),
-        hidden_size=hidden_size,
-        n_heads=n_heads,
-        n_kv_heads=keys.number("llama.attention.head_count_kv", n_heads),
-        head_dim=head_dim,
-        intermediate_size=keys.number("llama.feed_forward_length"),
-        vocab_size=embedding.shape[0],
-        context_length=keys.number("llama.context_length"),
-        rope_theta=keys.real("llama.rope.freq_base", 10000.0),
-        rope_dim=rope_dim,
-        rope_interleaved=True,  # llama.cpp's converter permutes q and k for it
-        rms_norm_eps=keys.real("llama.attention.layer_norm_rms_epsilon"),
-        tied_embeddings=GGUF_NAMES.head not in file.tensors,
-        rope_factors=_gguf_rope_factors(file, keys, rope_dim),
-    )
+
+    name: str
+    tensor_shape: tuple[int, ...]
+    rows: tuple[int, int]
+    offset: float = 0.0  # see TensorSlice
+
+    def resolve(self, source: TensorSource) -> TensorSlice:
+        """The slice in a file that was held against the configuration."""
+        return TensorSlice.of(source.tensors[self.name], *self.rows, offset=self.offset)
 
 
-def _gguf_rope_factors(file: GgufFile, keys: _Keys, rope_dim: int) -> tuple[float, ...]:
-    kind = keys.text("llama.rope.scaling.type", "none")
-    if kind not in ("none", "linear"):
-        raise UnsupportedModel(f"rope scaling {kind!r}", ("none", "linear", "llama3"))
-    stretch = keys.real("llama.rope.scaling.factor", 1.0) if kind == "linear" else 1.0
-    if _ROPE_FREQS in file.tensors:
-        info = file.tensors[_ROPE_FREQS]
-        if info.type != "F32" or info.shape != (rope_dim // 2,):
-            raise CorruptModel(file.path, _ROPE_FREQS, f"expected {rope_dim // 2} F32 factors")
-        return tuple(float(f) * stretch for f in to_float32(info, file.raw(_ROPE_FREQS)))
-    return (stretch,) * (rope_dim // 2) if stretch != 1.0 else ()
+def block_parts(names: TensorNames, config: ModelConfig, block_idx: int) -> dict[str, Part]:
+    """Field -> where it lies, in the order in which a block is hashed and packed."""
+
+    def named(name: str) -> str:
+        return (names.more.get(name) or getattr(names.block, name)).format(block_idx)
+
+    def whole(name: str, *shape: int) -> Part:
+        is_norm = name.endswith("_norm")
+        return Part(named(name), shape, (0, shape[0]), names.norm_offset if is_norm else 0.0)
+
+    hidden, head = config.hidden_size, config.head_dim
+    q_rows, kv_rows = config.n_heads * head, config.n_kv_heads * head
+    qkv_rows = {"q": q_rows, "k": kv_rows, "v": kv_rows}
+    parts = {"attn_norm": whole("attn_norm", hidden)}
+    if names.is_fused:
+        parts |= _fused(named("qkv"), qkv_rows, hidden)
+    else:
+        parts |= {name: whole(name, rows, hidden) for name, rows in qkv_rows.items()}
+    if config.has_qkv_bias:
+        parts |= {f"{name}_bias": whole(f"{name}_bias", rows) for name, rows in qkv_rows.items()}
+    if config.has_qk_norm:
+        parts |= {name: whole(name, head) for name in ("q_norm", "k_norm")}
+    parts["o"] = whole("o", hidden, q_rows)
+    if config.has_post_norms:
+        parts["post_attn_norm"] = whole("post_attn_norm", hidden)
+    parts["ffn_norm"] = whole("ffn_norm", hidden)
+    inner = config.intermediate_size
+    if config.n_experts:
+        parts["router"] = whole("router", config.n_experts, hidden)
+        parts |= _experts(names, config, block_idx)
+    elif names.is_fused:
+        parts |= _fused(named("gate_up"), {"gate": inner, "up": inner}, hidden)
+        parts["down"] = whole("down", hidden, inner)
+    else:
+        parts |= {name: whole(name, inner, hidden) for name in ("gate", "up")}
+        parts["down"] = whole("down", hidden, inner)
+    if config.has_post_norms:
+        parts["post_ffn_norm"] = whole("post_ffn_norm", hidden)
+    return parts
 
 
-def hugging_face_config(path: Path, config: Mapping[str, Any], source: TensorSource) -> ModelConfig:
-    """The configuration that a `config.json` declares; raises as `gguf_config` does."""
-    keys = _Keys(path, config)
-    architecture = keys.text("model_type")
-    if architecture != "llama":
-        raise UnsupportedModel(f"architecture {architecture!r}", ("llama",))
-    for feature in ("attention_bias", "mlp_bias", "quantization_config", "sliding_window"):
-        if config.get(feature):
-            raise UnsupportedModel(f"{feature} in config.json", ("llama without it",))
-    activation = keys.text("hidden_act", "silu")
-    if activation != "silu":
-        raise UnsupportedModel(f"activation {activation!r}", ("silu",))
-    hidden_size = keys.number("hidden_size")
-    n_heads = keys.number("num_attention_heads")
-    head_dim = keys.number("head_dim", hidden_size // max(n_heads, 1))
-    tied = config.get("tie_word_embeddings", False) is True
-    if not tied and HUGGING_FACE_NAMES.head not in source.tensors:
-        raise CorruptModel(path, HUGGING_FACE_NAMES.head, "expected it, as the head is not tied")
-    theta, factors = _hugging_face_rope(path, config, head_dim)
-    return ModelConfig(
-        architecture=architecture,
-        n_blocks=keys.number("num_hidden_layers"),
-        hidden_size=hidden_size,
-        n_heads=n_heads,
-        n_kv_heads=keys.number("num_key_value_heads", n_heads),
-        head_dim=head_dim,
-        intermediate_size=keys.number("intermediate_size"),
-        vocab_size=keys.number("vocab_size"),
-        context_length=keys.number("max_position_embeddings"),
-        rope_theta=theta,
-        rope_dim=head_dim,
-        rope_interleaved=False,
-        rms_norm_eps=keys.real("rms_norm_eps"),
-        tied_embeddings=tied,
-        rope_factors=factors,
-    )
+def _fused(name: str, rows: Mapping[str, int], columns: int) -> dict[str, Part]:
+    """Matrices below each other in one tensor."""
+    shape = (sum(rows.values()), columns)
+    parts, start = {}, 0
+    for part, n_rows in rows.items():
+        parts[part] = Part(name, shape, (start, start + n_rows))
+        start += n_rows
+    return parts
 
 
-def _hugging_face_rope(
-    path: Path, config: Mapping[str, Any], head_dim: int
-) -> tuple[float, tuple[float, ...]]:
-    # transformers 5 writes everything under rope_parameters, 4 writes rope_theta + rope_scaling.
-    merged: dict[str, Any] = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        value = config.get(key) or {}
-        if not isinstance(value, dict):
-            raise CorruptModel(path, key, "expected an object")
-        merged |= value
-    keys = _Keys(path, merged)
-    theta = keys.real("rope_theta", _Keys(path, config).real("rope_theta", 10000.0))
-    kind = keys.text("rope_type", keys.text("type", "default"))
-    if kind == "default":
-        return theta, ()
-    if kind == "linear":
-        return theta, (keys.real("factor"),) * (head_dim // 2)
-    if kind != "llama3":
-        raise UnsupportedModel(f"rope scaling {kind!r}", ("default", "linear", "llama3"))
-    low, high = keys.real("low_freq_factor"), keys.real("high_freq_factor")
-    if not 0 < low < high or theta <= 0:
-        raise CorruptModel(path, "rope_scaling", "expected 0 < low_freq_factor < high_freq_factor")
-    return theta, llama3_rope_factors(
-        theta=theta,
-        rope_dim=head_dim,
-        factor=keys.real("factor"),
-        low=low,
-        high=high,
-        original_context=keys.number("original_max_position_embeddings"),
-    )
+def _experts(names: TensorNames, config: ModelConfig, block_idx: int) -> dict[str, Part]:
+    n_experts, hidden, inner = config.n_experts, config.hidden_size, config.intermediate_size
+    parts = {}
+    for name, shape in (
+        ("gate", (inner, hidden)),
+        ("up", (inner, hidden)),
+        ("down", (hidden, inner)),
+    ):
+        template = names.more[f"expert_{name}"]
+        for expert in range(n_experts):
+            if names.has_stacked_experts:
+                rows = (expert * shape[0], (expert + 1) * shape[0])
+                part = Part(template.format(block_idx), (n_experts, *shape), rows)
+            else:
+                part = Part(template.format(block_idx, expert), shape, (0, shape[0]))
+            parts[expert_field(name, expert)] = part
+    return parts
 
 
 def check(source: TensorSource, names: TensorNames, config: ModelConfig) -> None:
@@ -223,79 +243,42 @@ def check(source: TensorSource, names: TensorNames, config: ModelConfig) -> None
         CorruptModel: a tensor is missing or has another shape.
         UnsupportedModel: a block has tensors (biases, experts, ...) that would be ignored.
     """
-    known = set()
+    expected: dict[str, tuple[int, ...]] = {}
     for name, shape in _expected_shapes(names, config):
-        known.add(name)
-        info = source.tensors.get(name)
-        if info is None:
-            raise CorruptModel(source.path, name, f"expected a tensor of shape {shape}")
-        if info.shape != shape:
-            raise CorruptModel(source.path, name, f"expected shape {shape}, found {info.shape}")
+        if name not in expected:
+            _check_shape(source, name, shape)
+            expected[name] = shape
     for name in source.tensors:
-        is_ours = name in known or not name.startswith(names.block_prefix)
+        is_ours = name in expected or not name.startswith(names.block_prefix)
         if not is_ours and not name.endswith(_ROTARY_BUFFER):
-            raise UnsupportedModel(f"tensor {name!r}", names.block.at(0).values())
+            raise UnsupportedModel(
+                f"tensor {name!r} in {config.architecture}", _examples(names, config)
+            )
+
+
+def _examples(names: TensorNames, config: ModelConfig) -> Iterable[str]:
+    """The tensor names of the first block, and of its first expert."""
+    one = replace(
+        config, n_experts=min(config.n_experts, 1), n_experts_used=min(config.n_experts, 1)
+    )
+    return dict.fromkeys(part.name for part in block_parts(names, one, 0).values())
+
+
+def _check_shape(source: TensorSource, name: str, shape: tuple[int, ...]) -> None:
+    info = source.tensors.get(name)
+    if info is None:
+        raise CorruptModel(source.path, name, f"expected a tensor of shape {shape}")
+    if info.shape != shape:
+        raise CorruptModel(source.path, name, f"expected shape {shape}, found {info.shape}")
 
 
 def _expected_shapes(
     names: TensorNames, config: ModelConfig
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q_rows, kv_rows = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "attn_norm": (hidden,),
-        "q": (q_rows, hidden),
-        "k": (kv_rows, hidden),
-        "v": (kv_rows, hidden),
-        "o": (hidden, q_rows),
-        "ffn_norm": (hidden,),
-        "gate": (inner, hidden),
-        "up": (inner, hidden),
-        "down": (hidden, inner),
-    }
     for block_idx in range(config.n_blocks):
-        for field, name in names.block.at(block_idx).items():
-            yield name, shapes[field]
-    yield names.embedding, (config.vocab_size, hidden)
-    yield names.output_norm, (hidden,)
+        for part in block_parts(names, config, block_idx).values():
+            yield part.name, part.tensor_shape
+    yield names.embedding, (config.vocab_size, config.hidden_size)
+    yield names.output_norm, (config.hidden_size,)
     if not config.tied_embeddings:
-        yield names.head, (config.vocab_size, hidden)
-
-
-class _Keys:
-    """Typed access to metadata that came from a file."""
-
-    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
-        self._path = path
-        self._values = values
-
-    def number(self, key: str, default: int | None = None) -> int:
-        value = self._get(key, default)
-        if type(value) is not int:
-            raise CorruptModel(self._path, key, f"expected a whole number, found {_brief(value)}")
-        return value
-
-    def real(self, key: str, default: float | None = None) -> float:
-        value = self._get(key, default)
-        if type(value) not in (int, float):
-            raise CorruptModel(self._path, key, f"expected a number, found {_brief(value)}")
-        try:
-            return float(value)
-        except OverflowError as error:
-            raise CorruptModel(self._path, key, "expected a number that fits a float") from error
-
-    def text(self, key: str, default: str | None = None) -> str:
-        value = self._get(key, default)
-        if not isinstance(value, str):
-            raise CorruptModel(self._path, key, f"expected a string, found {_brief(value)}")
-        return value
-
-    def _get(self, key: str, default: object) -> Any:
-        value = self._values.get(key)  # null in JSON means the default, as in transformers
-        if value is None and default is None:
-            raise CorruptModel(self._path, key, "expected this key")
-        return default if value is None else value
-
-
-def _brief(value: object) -> str:
-    return "an array" if isinstance(value, (list, tuple, np.ndarray)) else repr(value)
+        yield names.head, (config.vocab_size, config.hidden_size)

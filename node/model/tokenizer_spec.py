@@ -3,12 +3,13 @@
 The spec is a JSON object, so that it can travel as a blob and a head needs no weights for it:
 either `{"format": "gguf", ...}`, the `tokenizer.*` metadata of a GGUF file, or
 `{"format": "tokenizer.json", ...}`, the library's own file and the keys we use of the two
-beside it. Byte-level BPE only; other kinds are refused by name.
+beside it. Byte-level BPE and SentencePiece's BPE; other kinds are refused by name.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 import tokenizers as hf
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from . import sentencepiece
 from .config import MAX_VOCAB
 from .errors import CorruptModel, ModelNotFound, UnsupportedModel
 from .gguf import GgufFile
@@ -61,7 +63,11 @@ END_TOKENS = frozenset(
     }
 )
 
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
+# tokenizer.ggml.token_type
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+
+_BYTE_LEVEL, _SENTENCEPIECE = "gpt2", "llama"  # tokenizer.ggml.model
+_MODELS = (f"{_BYTE_LEVEL} (byte-level BPE)", f"{_SENTENCEPIECE} (SentencePiece BPE)")
 
 _GGUF_KEYS = (
     "tokenizer.ggml.model",
@@ -77,12 +83,14 @@ _GGUF_KEYS = (
     "tokenizer.ggml.add_eos_token",
     "tokenizer.chat_template",
 )
+_SENTENCEPIECE_KEYS = ("tokenizer.ggml.scores", "tokenizer.ggml.add_space_prefix")
 
 
 def gguf_spec(file: GgufFile) -> dict[str, Any]:
     """The spec in a GGUF file: the tokenizer's keys as JSON values."""
     spec: dict[str, Any] = {"format": "gguf"}
-    for key in _GGUF_KEYS:
+    is_sentencepiece = file.metadata.get("tokenizer.ggml.model") == _SENTENCEPIECE
+    for key in (*_GGUF_KEYS, *(_SENTENCEPIECE_KEYS if is_sentencepiece else ())):
         if key in file.metadata:
             value = file.metadata[key]
             spec[key] = value.tolist() if isinstance(value, np.ndarray) else value
@@ -123,15 +131,20 @@ def build_tokenizer(path: Path, spec: Mapping[str, Any]) -> Tokenizer:
 
 def _from_gguf(path: Path, spec: Mapping[str, Any]) -> TokenizerParts:
     model = spec.get("tokenizer.ggml.model")
-    if model != "gpt2":
-        raise UnsupportedModel(f"tokenizer model {model!r}", ("gpt2 (byte-level BPE)",))
+    if model not in (_BYTE_LEVEL, _SENTENCEPIECE):
+        raise UnsupportedModel(f"tokenizer model {model!r}", _MODELS)
     tokens = _strings(path, spec, "tokenizer.ggml.tokens")
-    merges = _strings(path, spec, "tokenizer.ggml.merges")
     kinds = spec.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
     if not isinstance(kinds, list) or len(kinds) != len(tokens) or len(set(tokens)) != len(tokens):
         raise CorruptModel(path, "tokenizer.ggml.tokens", "expected one type per distinct token")
-    library = _byte_level_bpe(path, spec.get("tokenizer.ggml.pre", "default"), tokens, merges)
-    control = {i for i, kind in enumerate(kinds) if kind == _CONTROL and tokens[i]}
+    if model == _SENTENCEPIECE:
+        library, to_bytes = _sentencepiece(path, spec, tokens, kinds), sentencepiece.piece_bytes
+        control = {i for i, kind in enumerate(kinds) if kind in (_CONTROL, _UNKNOWN) and tokens[i]}
+    else:
+        merges = _strings(path, spec, "tokenizer.ggml.merges")
+        pre = spec.get("tokenizer.ggml.pre", "default")
+        library, to_bytes = _byte_level_bpe(path, pre, tokens, merges), token_bytes
+        control = {i for i, kind in enumerate(kinds) if kind == _CONTROL and tokens[i]}
     given = {i for i, kind in enumerate(kinds) if kind == _USER_DEFINED and tokens[i]}
     library.add_special_tokens(
         [hf.AddedToken(tokens[i], special=True, normalized=False) for i in sorted(control)]
@@ -147,7 +160,7 @@ def _from_gguf(path: Path, spec: Mapping[str, Any]) -> TokenizerParts:
     adds_eos = spec.get("tokenizer.ggml.add_eos_token") is True
     return TokenizerParts(
         library=library,
-        pieces=tuple(b"" if i in control else token_bytes(t) for i, t in enumerate(tokens)),
+        pieces=tuple(b"" if i in control else to_bytes(t) for i, t in enumerate(tokens)),
         bos_id=bos,
         eos_ids=frozenset(e for e in ends if e is not None)
         | {i for i in control if tokens[i] in END_TOKENS},
@@ -157,6 +170,30 @@ def _from_gguf(path: Path, spec: Mapping[str, Any]) -> TokenizerParts:
         bos_token="" if bos is None else tokens[bos],
         eos_token="" if eos is None else tokens[eos],
     )
+
+
+def _sentencepiece(
+    path: Path, spec: Mapping[str, Any], tokens: list[str], kinds: list[Any]
+) -> hf.Tokenizer:
+    scores = spec.get("tokenizer.ggml.scores")
+    if (
+        not isinstance(scores, list)
+        or len(scores) != len(tokens)
+        or not all(type(score) is float and math.isfinite(score) for score in scores)
+    ):
+        raise CorruptModel(path, "tokenizer.ggml.scores", "expected a finite number per token")
+    merged = {i for i, kind in enumerate(kinds) if kind == _NORMAL and tokens[i]}
+    if any(len(tokens[i]) > sentencepiece.MAX_PIECE_CHARS for i in merged):
+        limit = sentencepiece.MAX_PIECE_CHARS
+        raise CorruptModel(path, "tokenizer.ggml.tokens", f"expected at most {limit} characters")
+    with _reading(path, "tokenizer.ggml.tokens"):
+        return sentencepiece.build_library(
+            tokens,
+            scores,
+            merged,
+            unknown=next((tokens[i] for i, kind in enumerate(kinds) if kind == _UNKNOWN), None),
+            has_space_prefix=spec.get("tokenizer.ggml.add_space_prefix", True) is True,
+        )
 
 
 def _byte_level_bpe(path: Path, pre: object, tokens: list[str], merges: list[str]) -> hf.Tokenizer:
@@ -202,8 +239,10 @@ def _from_json(path: Path, spec: Mapping[str, Any]) -> TokenizerParts:
         raise CorruptModel(path, "tokenizer", "expected the object of tokenizer.json")
     decoder = content.get("decoder")
     kind = decoder.get("type") if isinstance(decoder, dict) else None
-    if kind != "ByteLevel":
-        raise UnsupportedModel(f"decoder {kind!r} in tokenizer.json", ("ByteLevel",))
+    to_bytes = sentencepiece.piece_bytes if sentencepiece.is_decoder(decoder) else token_bytes
+    if kind != "ByteLevel" and to_bytes is token_bytes:
+        supported = ("ByteLevel", "a sequence with ByteFallback")
+        raise UnsupportedModel(f"decoder {kind!r} in tokenizer.json", supported)
     with _reading(path, "tokenizer.json"):
         library = hf.Tokenizer.from_str(json.dumps(content))
     added = library.get_added_tokens_decoder()
@@ -220,7 +259,7 @@ def _from_json(path: Path, spec: Mapping[str, Any]) -> TokenizerParts:
     probe = library.encode("", add_special_tokens=True).ids
     return TokenizerParts(
         library=library,
-        pieces=tuple(b"" if i in special else token_bytes(t) for i, t in enumerate(texts)),
+        pieces=tuple(b"" if i in special else to_bytes(t) for i, t in enumerate(texts)),
         bos_id=library.token_to_id(bos_token) if bos_token else None,
         eos_ids=frozenset(ends),
         chat_template=_optional_text(path, spec, "chat_template"),
@@ -263,6 +302,8 @@ def token_bytes(token: str) -> bytes:
 
 
 def _adds_bos_unasked(spec: Mapping[str, Any]) -> bool:
+    if spec.get("tokenizer.ggml.model") == _SENTENCEPIECE:
+        return True
     return spec.get("tokenizer.ggml.pre") in ("llama3", "llama-v3", "llama-bpe")
 
 

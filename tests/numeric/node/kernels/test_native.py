@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType
-from gguf.quants import quantize
 
 from covey.node.engine.errors import (
     CacheOverflow,

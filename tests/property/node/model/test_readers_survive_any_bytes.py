@@ -17,13 +17,26 @@ from hypothesis import strategies as st
 from covey.node.model.checkpoint import open_checkpoint
 from covey.node.model.errors import ModelError
 from covey.node.model.gguf import GgufFile
+from covey.node.model.hugging_face_config import hugging_face_config
 from covey.node.model.layouts import GGUF_NAMES
 from covey.node.model.safetensors import SafetensorsFiles
 from covey.node.model.tensor_source import to_float32
+from support.tiny_configs import CONFIGS, no_tensors
 from support.tiny_models import TINY, tiny_tensors, write_tiny_gguf
 
 HEADER_BYTES = 6944  # of the tiny file; the edits fall into it
 MEMORY_LIMIT = 16 * 2**20  # the tiny model's file has 0.3 MB
+
+CONFIG_KEYS = sorted(
+    {key for config in CONFIGS.values() for key in config}
+    | {"layer_types", "no_rope_layers", "rope_scaling", "use_sliding_window", "hidden_activation"}
+    | {"query_pre_attn_scalar", "sliding_window_pattern", "partial_rotary_factor"}
+)
+ROPE_KEYS = [
+    "rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor",
+    "original_max_position_embeddings", "short_factor", "long_factor", "attention_factor",
+    "full_attention", "sliding_attention", "partial_rotary_factor",
+]  # fmt: skip
 
 edits = st.lists(
     st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=9)), max_size=6
@@ -115,6 +128,27 @@ def test_any_safetensors(tmp_path: Path, header: object, slack: int, n_data: int
         file = SafetensorsFiles(path, {})
         for info in file.tensors.values():
             assert to_float32(info, file.raw(info.name)).shape == info.shape
+
+
+configs = st.sampled_from(sorted(CONFIGS)).flatmap(
+    lambda kind: st.dictionaries(st.sampled_from(CONFIG_KEYS), json_values, max_size=3).map(
+        lambda changes: CONFIGS[kind] | changes
+    )
+)
+
+
+@quick
+@given(
+    config=configs,
+    kind=st.sampled_from(["default", "linear", "llama3", "longrope"]),
+    rope=st.dictionaries(
+        st.sampled_from(ROPE_KEYS), st.integers() | st.floats() | json_values, max_size=6
+    ),
+)
+def test_any_config_json(config: dict[str, Any], kind: str, rope: dict[str, Any]) -> None:
+    path, rope = Path("config.json"), {"rope_type": kind} | rope
+    with read_or_refused():
+        hugging_face_config(path, config | {"rope_parameters": rope}, no_tensors(path))
 
 
 def test_a_nest_of_brackets_is_no_crash(tmp_path: Path) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from covey.node.model.config import llama3_rope_factors
+from covey.node.model.config import Activation, llama3_rope_factors
 from covey.node.model.errors import ModelError, UnsupportedModel
 from support.tiny_models import TINY
 
@@ -31,6 +31,19 @@ from support.tiny_models import TINY
         ("rms_norm_eps", float("nan")),
         ("rope_factors", (1.0,) * 4 + (2.0,)),
         ("rope_factors", (1.0, 1.0, 1.0, 0.0)),
+        ("rope_long_factors", (1.0, 1.0)),
+        ("rope_local_theta", -1.0),
+        ("rope_scale", float("nan")),
+        ("windows", (8, 0, 8)),
+        ("windows", (8, 0, 8, -1)),
+        ("windows", (8, 0, 8, True)),
+        ("rope_kinds", ("main", "none")),
+        ("rope_kinds", ("main", "none", "local", "both")),
+        ("attention_scale", 0.0),
+        ("embedding_scale", float("inf")),
+        ("n_experts", -1),
+        ("n_experts", 10**5),
+        ("n_experts_used", 2),
     ],
 )
 def test_value_out_of_limits_is_named(field: str, value: Any) -> None:
@@ -41,6 +54,41 @@ def test_value_out_of_limits_is_named(field: str, value: Any) -> None:
 def test_other_architecture_is_unsupported_by_name() -> None:
     with pytest.raises(UnsupportedModel, match="'mamba'; supported: llama"):
         replace(TINY, architecture="mamba")
+
+
+def test_other_activation_is_unsupported_by_name() -> None:
+    with pytest.raises(UnsupportedModel, match="'relu'; supported: silu, gelu_tanh"):
+        replace(TINY, activation=cast("Activation", "relu"))
+
+
+def test_experts_used_are_some_of_those_there_are() -> None:
+    for used in (0, 5):
+        with pytest.raises(ModelError, match="n_experts_used"):
+            replace(TINY, n_experts=4, n_experts_used=used)
+
+
+def test_a_new_field_at_its_default_changes_no_identity() -> None:
+    assert set(TINY.canonical()) <= {
+        "architecture", "n_blocks", "hidden_size", "n_heads", "n_kv_heads", "head_dim",
+        "intermediate_size", "vocab_size", "context_length", "rope_theta", "rope_dim",
+        "rope_interleaved", "rms_norm_eps", "tied_embeddings",
+    }  # fmt: skip
+    assert replace(TINY, windows=(1, 2, 3, 4)).canonical()["windows"] == (1, 2, 3, 4)
+
+
+def test_features_beyond_plain_llama_are_named() -> None:
+    assert TINY.features() == ()
+    changed = replace(TINY, windows=(0, 0, 0, 9), n_experts=4, n_experts_used=2)
+    assert changed.features() == ("sliding window", "experts")
+
+
+def test_a_session_is_long_by_its_room_not_by_its_length() -> None:
+    config = replace(TINY, rope_long_factors=(1.0, 2.0, 3.0, 4.0), rope_original_context=64)
+    assert not config.is_long(64)
+    assert config.is_long(65)
+    assert not TINY.is_long(512)
+    with pytest.raises(ModelError, match="rope_original_context = 0"):
+        replace(config, rope_original_context=0)
 
 
 def test_kv_bytes_of_smollm2() -> None:

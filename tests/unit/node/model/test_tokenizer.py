@@ -95,7 +95,10 @@ def test_every_known_pre_tokenizer_builds_and_loses_nothing(pre: str) -> None:
 @pytest.mark.parametrize(
     ("change", "feature"),
     [
-        ({"tokenizer__ggml__model": "llama"}, "tokenizer model 'llama'"),
+        (
+            {"tokenizer__ggml__model": "bert"},
+            r"tokenizer model 'bert'; supported: gpt2 \(byte-level BPE\), llama",
+        ),
         ({"tokenizer__ggml__pre": "tekken"}, "pre-tokenizer 'tekken'"),
         ({"tokenizer__ggml__pre": 3}, "pre-tokenizer 3"),
     ],
