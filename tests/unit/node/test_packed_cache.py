@@ -19,7 +19,6 @@ from covey.node.model.checkpoint import Checkpoint, open_checkpoint
 from covey.node.model.errors import CorruptModel
 from support.tiny_models import TINY, write_tiny_gguf
 
-
 CONFIG = replace(TINY, hidden_size=64, n_heads=4, n_kv_heads=2, head_dim=16, rope_dim=16)
 
 
