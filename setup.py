@@ -16,10 +16,22 @@ FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-fvisibility=hidden", "-ffp-contract=
          "-fno-math-errno", "-pthread", "-Wall", "-Wextra", "-Wno-psabi",
          # GCC 12 warns of its own intrinsics (bug 105593)
          "-Wno-maybe-uninitialized", "-Wno-uninitialized")  # fmt: skip
-AVX512 = ("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq",
-          "-mavx512vnni", "-mprefer-vector-width=512")  # fmt: skip
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
+AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni",
+          "-mprefer-vector-width=512")  # fmt: skip
+# Their names are those of isa.cpp. "portable" runs on every CPU of its kind; on ARM that has NEON.
 ISAS: dict[str, dict[str, tuple[str, ...]]] = {
-    "x86_64": {"portable": (), "avx512vnni": AVX512},
+    "x86_64": {
+        "portable": (),
+        "avx2": AVX2,
+        "avx2vnni": (*AVX2, "-mavxvnni"),
+        "avx512vnni": AVX512,
+    },
+    "aarch64": {
+        "portable": (),
+        "neon_dotprod": ("-march=armv8.2-a+dotprod",),
+        "neon_i8mm": ("-march=armv8.2-a+dotprod+i8mm",),
+    },
 }
 
 
