@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -28,10 +29,21 @@ from covey.node.model.checkpoint import Checkpoint
 from covey.node.model.config import ModelConfig
 from covey.node.model.errors import UnsupportedModel
 
-from .library import PAGE_TOKENS, Block, Bytes, Engine, PageTable, Shape, load_library, page_memory
+from .library import (
+    PAGE_TOKENS,
+    Block,
+    Bytes,
+    Engine,
+    KvType,
+    PageTable,
+    Shape,
+    load_library,
+    page_memory,
+)
 from .packed import PackedBlock, pack_block
 from .pages import PagePool, SessionPages
 
+KvDtype = Literal["fp16", "int8"]
 KEPT_BYTES = 2**28  # of pages that no session holds, unless the caller says otherwise
 
 
@@ -42,6 +54,7 @@ def load_native_stage(
     on_block: Callable[[int, int], None] | None = None,
     *,
     engine: Engine | None = None,
+    kv_dtype: KvDtype = "fp16",
     kv_bytes: int | None = None,
     kept_bytes: int = KEPT_BYTES,
 ) -> NativeStage:
@@ -53,6 +66,7 @@ def load_native_stage(
         threads: that `forward` uses, its caller's included; not looked at with `engine`.
         on_block: told (blocks loaded, blocks in all) after each.
         engine: to share with a head or another stage; by default one of its own.
+        kv_dtype: how keys and values are kept; int8 takes half the memory and loses precision.
         kv_bytes: of KV cache in all; by default sessions get what they ask for.
         kept_bytes: of it, what ended sessions may leave behind for others that begin alike.
 
@@ -66,7 +80,7 @@ def load_native_stage(
     if not 0 <= start < end <= checkpoint.config.n_blocks:
         raise ValueError(f"span {span} of a model of {checkpoint.config.n_blocks} blocks")
     engine = engine or Engine(load_library(), threads)
-    shape = _shape(checkpoint.config)
+    shape = _shape(checkpoint.config, KvType[kv_dtype.upper()])
     blocks = []
     for block_idx in range(start, end):
         blocks.append(pack_block(engine.library, checkpoint, block_idx))
@@ -231,7 +245,7 @@ def _copy(source: Bytes, target: Bytes) -> None:
     target[:] = source
 
 
-def _shape(config: ModelConfig) -> Shape:
+def _shape(config: ModelConfig, kv_type: KvType) -> Shape:
     """The kernels' view of a configuration.
 
     Raises:
@@ -251,5 +265,5 @@ def _shape(config: ModelConfig) -> Shape:
         config.rope_dim,
         int(config.rope_interleaved),
         config.rms_norm_eps,
-        0,
+        kv_type,
     )
