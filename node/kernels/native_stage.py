@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -28,12 +29,23 @@ from covey.node.model.checkpoint import Checkpoint
 from covey.node.model.config import ModelConfig
 from covey.node.model.errors import UnsupportedModel
 
-from .library import PAGE_TOKENS, Block, Bytes, Engine, PageTable, Shape, load_library, page_memory
+from .library import (
+    PAGE_TOKENS,
+    Block,
+    Bytes,
+    Engine,
+    KvType,
+    PageTable,
+    Shape,
+    load_library,
+    page_memory,
+)
 from .packed import PackedBlock, pack_block
 from .packed_cache import PackedCache
 from .pages import PagePool, SessionPages
 
-KV_ITEMSIZE = 2  # fp16
+KvDtype = Literal["fp16", "int8"]
+KV_ITEMSIZE = 2  # fp16, what nodes use
 KEPT_BYTES = 2**28  # of pages that no session holds, unless the caller says otherwise
 
 
@@ -44,6 +56,7 @@ def load_native_stage(
     on_block: Callable[[int, int], None] | None = None,
     *,
     engine: Engine | None = None,
+    kv_dtype: KvDtype = "fp16",
     kv_bytes: int | None = None,
     kept_bytes: int = KEPT_BYTES,
     cache: PackedCache | None = None,
@@ -56,6 +69,7 @@ def load_native_stage(
         threads: that `forward` uses, its caller's included; not looked at with `engine`.
         on_block: told (blocks loaded, blocks in all) after each.
         engine: to share with a head or another stage; by default one of its own.
+        kv_dtype: how keys and values are kept; int8 takes half the memory and loses precision.
         kv_bytes: of KV cache in all; by default sessions get what they ask for.
         kept_bytes: of it, what ended sessions may leave behind for others that begin alike.
         cache: where packed blocks are kept on disk; by default they are packed into memory.
@@ -71,7 +85,7 @@ def load_native_stage(
     if not 0 <= start < end <= checkpoint.config.n_blocks:
         raise ValueError(f"span {span} of a model of {checkpoint.config.n_blocks} blocks")
     engine = engine or Engine(load_library(), threads)
-    shape = kernel_shape(checkpoint.config)
+    shape = kernel_shape(checkpoint.config, KvType[kv_dtype.upper()])
     blocks = []
     for block_idx in range(start, end):
         parts = checkpoint.block_parts(block_idx)
@@ -241,7 +255,7 @@ def _copy(source: Bytes, target: Bytes) -> None:
     target[:] = source
 
 
-def kernel_shape(config: ModelConfig) -> Shape:
+def kernel_shape(config: ModelConfig, kv_type: KvType = KvType.FP16) -> Shape:
     """The kernels' view of a configuration.
 
     Raises:
@@ -265,5 +279,5 @@ def kernel_shape(config: ModelConfig) -> Shape:
         config.rope_dim,
         int(config.rope_interleaved),
         config.rms_norm_eps,
-        0,
+        kv_type,
     )

@@ -14,7 +14,7 @@ constexpr int kPanelQueries = 6;  // 6 rows x 4 vectors of sums fill the 32 regi
 
 inline __attribute__((always_inline)) void prefetch(const void* p, std::size_t bytes) {
     for (std::size_t line = 0; line < bytes; line += 64)
-        __builtin_prefetch(static_cast<const char*>(p) + line);
+        __builtin_prefetch(static_cast<const char*>(p) + line, 0, 2);
 }
 
 // C[R][16 * N] += A[R][n] * B[n][16 * N]; meanwhile fetches as much from `ahead` as is read of B.

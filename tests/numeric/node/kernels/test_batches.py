@@ -177,3 +177,19 @@ def test_memory_is_limited_when_a_session_opens_and_not_later(model: Model) -> N
     assert stage.open_session("c", N, keys(model.inputs[1])) == 0  # kept pages make way
     assert np.array_equal(stage.forward("c", 0, model.inputs[1]), model.expected[1])
     assert stage.memory_bytes <= 8 * page
+
+
+def test_keys_and_values_as_bytes_lose_little_and_no_batch_changes_them(model: Model) -> None:
+    one, three = (model.stage(engine, kv_dtype="int8") for engine in model.engines)
+    exact = model.stage(model.engines[0])
+    assert one.kv_bytes_per_token < 0.63 * exact.kv_bytes_per_token  # 32 bytes and a scale of 4
+    for stage in (one, three):
+        for name in ("a", "b"):
+            stage.open_session(name, N)
+    whole = one.forward("a", 0, model.inputs[0])
+    error = np.sqrt(np.mean((whole - model.expected[0]) ** 2) / np.mean(model.expected[0] ** 2))
+    assert 0 < error < 0.1  # random weights amplify
+    for at in range(0, N, 20):
+        chunk, other = model.inputs[0][at : at + 20], model.inputs[1][at // 20 :][:1]
+        results: Any = three.forward_batch([Step("b", at // 20, other), Step("a", at, chunk)])
+        assert np.array_equal(results[1], whole[at : at + 20])
