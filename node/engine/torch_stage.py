@@ -9,7 +9,7 @@ up in another order for another shape. How the blocks are cut into stages change
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -23,6 +23,7 @@ from covey.node.model.config import ModelConfig
 
 from .errors import CacheOverflow, NonFiniteValues, PositionGap, UnknownSession
 from .rope import RopeTable
+from .stage import Step, StepResult, forward_each
 from .tensors import EngineDtype, HiddenStates, check_hidden
 
 TORCH_DTYPES = MappingProxyType({"fp32": torch.float32, "bf16": torch.bfloat16})
@@ -119,8 +120,8 @@ class TorchStage:
         self._rope = RopeTable(config)
         self._sessions: dict[str, _Session] = {}
 
-    def open_session(self, session: str, n_tokens: int) -> None:
-        """See `Stage.open_session`; the memory is taken here and now."""
+    def open_session(self, session: str, n_tokens: int, prefix: Sequence[bytes] = ()) -> int:
+        """See `Stage.open_session`; the memory is taken here and now, nothing is shared."""
         if n_tokens < 1:
             raise ValueError(f"n_tokens = {n_tokens}")
         if n_tokens > self._config.context_length:
@@ -135,6 +136,7 @@ class TorchStage:
         self._sessions[session] = _Session(
             torch.zeros(shape, dtype=self._torch_dtype), torch.zeros(shape, dtype=self._torch_dtype)
         )
+        return 0
 
     def close_session(self, session: str) -> None:
         """See `Stage.close_session`."""
@@ -159,6 +161,10 @@ class TorchStage:
             raise NonFiniteValues(session=session, position=position, is_received=is_received)
         cache.length = end
         return hidden_to_numpy(x)
+
+    def forward_batch(self, steps: Sequence[Step]) -> list[StepResult]:
+        """See `Stage.forward_batch`."""
+        return forward_each(self, steps)
 
     def _rewind(self, session: str, position: int) -> _Session:
         cache = self._sessions.get(session)

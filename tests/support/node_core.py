@@ -16,7 +16,7 @@ import numpy as np
 
 from covey.node.engine.errors import UnknownSession
 from covey.node.engine.lease import LeaseTable
-from covey.node.engine.stage import Stage
+from covey.node.engine.stage import Stage, Step, StepResult, forward_each
 from covey.node.engine.tensors import EngineDtype, HiddenStates
 from covey.node.pipeline import Pipelines
 from covey.node.route import Route
@@ -90,15 +90,19 @@ class AddingStage:
         self.open: dict[str, int] = {}
         self.error: BaseException | None = None  # raised by the next call but for `close_session`
 
-    def open_session(self, session: str, n_tokens: int) -> None:
+    def open_session(self, session: str, n_tokens: int, prefix: Sequence[bytes] = ()) -> int:
         self._note("open", session, 0, n_tokens)
         self.open[session] = n_tokens
+        return 0
 
     def forward(self, session: str, position: int, hidden: HiddenStates) -> HiddenStates:
         self._note("forward", session, position, len(hidden))
         if session not in self.open:
             raise UnknownSession(session)
         return hidden + np.float32(1) if self.dtype == "fp32" else hidden.copy()
+
+    def forward_batch(self, steps: Sequence[Step]) -> list[StepResult]:
+        return forward_each(self, steps)
 
     def close_session(self, session: str) -> None:
         self.calls.append(("close", session, 0, 0))

@@ -1,10 +1,11 @@
 /* The C ABI of Covey's kernels: a span of decoder blocks, or half a block, in one call.
  *
  * One shared library per instruction set exports these functions. Callers check every pointer and
- * length (python/packed.py, python/native_stage.py); the library checks again that shapes fit each
+ * length (packed.py, library.py); the library checks again that shapes fit each
  * other, and trusts that buffers are as long as those shapes say. An engine serves one caller
  * thread at a time. Results do not depend on the number of threads, on how rows are grouped into
- * calls, or on the instruction set: every float operation and its order is fixed (simd.h).
+ * calls and batches, on where pages lie, or on the instruction set: every float operation and its
+ * order is fixed (simd.h).
  */
 #ifndef COVEY_KERNELS_ABI_H
 #define COVEY_KERNELS_ABI_H
@@ -21,7 +22,7 @@
 extern "C" {
 #endif
 
-#define COVEY_ABI_VERSION 1
+#define COVEY_ABI_VERSION 2
 
 /* Matrix formats, by their numbers in GGUF. */
 enum { COVEY_F16 = 1, COVEY_Q4_1 = 3, COVEY_Q8_0 = 8 };
@@ -32,8 +33,11 @@ enum { COVEY_ATTENTION = 1, COVEY_MLP = 2, COVEY_PARTIAL = 4 };
 
 enum { COVEY_OK = 0, COVEY_INVALID = 1, COVEY_NO_MEMORY = 2 };
 
-/* Positions in one tile of the KV cache; its capacity is a multiple of it. */
+/* Positions in one page of the KV cache. */
 enum { COVEY_TILE = 64 };
+
+/* Keys and values as halves, or as bytes with one float scale per position, KV head and kind. */
+enum { COVEY_KV_FP16 = 0, COVEY_KV_INT8 = 1 };
 
 typedef struct covey_engine covey_engine; /* threads and scratch memory */
 
@@ -60,15 +64,25 @@ typedef struct {
     int32_t rope_dim; /* leading dimensions of a head that are rotated; even */
     int32_t rope_interleaved;
     float rms_norm_eps;
+    int32_t kv_type; /* COVEY_KV_FP16 or COVEY_KV_INT8 */
 } covey_shape;
 
-/* One session's keys and values, fp16: keys [n_blocks][n_kv_heads][capacity/64][head_dim][64],
- * values [n_blocks][n_kv_heads][capacity][head_dim]. */
+/* Cosines and sines [n_positions][rope_dim/2] from position 0 on. */
 typedef struct {
-    uint16_t* keys;
-    uint16_t* values;
-    int64_t capacity; /* positions, a multiple of COVEY_TILE */
-} covey_cache;
+    const float* cosines;
+    const float* sines;
+    int64_t n_positions;
+} covey_rope;
+
+/* Consecutive rows of one session. Page i holds positions [64 i, 64 (i + 1)) of every block of the
+ * span, covey_page_bytes long and aligned to 64; attention_cache.h says how. Pages before that of
+ * `position` are only read, so sessions may share them. */
+typedef struct {
+    uint8_t* const* pages;
+    int32_t n_pages;
+    int32_t n_rows;
+    int64_t position; /* of the first row */
+} covey_run;
 
 COVEY_EXPORT int32_t covey_abi_version(void);
 
@@ -88,13 +102,16 @@ COVEY_EXPORT int32_t covey_pack(int32_t type, int32_t rows, int32_t columns, con
 COVEY_EXPORT int32_t covey_unpack(int32_t type, int32_t rows, int32_t columns,
                                   const uint8_t* packed, uint8_t* blocks);
 
-/* Run `parts` of each block on rows [position, position + n_rows) of a session, in place.
- * hidden [n_rows][hidden_size]; cosines and sines [n_rows][rope_dim/2] of those positions. */
+/* Bytes of one page of a span of n_blocks blocks; -1 for a shape that is not supported. */
+COVEY_EXPORT int64_t covey_page_bytes(const covey_shape* shape, int32_t n_blocks);
+
+/* Run `parts` of each block on the rows of all runs, in place: hidden [rows of run 0, rows of run
+ * 1, ...][hidden_size]. Every run is of another session, and each result is the same as that of
+ * the run alone. */
 COVEY_EXPORT int32_t covey_span_forward(covey_engine* engine, const covey_shape* shape,
                                         const covey_block* blocks, int32_t n_blocks,
-                                        const covey_cache* cache, const float* cosines,
-                                        const float* sines, int64_t position, int32_t n_rows,
-                                        float* hidden, uint32_t parts);
+                                        const covey_run* runs, int32_t n_runs,
+                                        const covey_rope* rope, float* hidden, uint32_t parts);
 
 /* Rows `ids` of an embedding matrix [V][D], decoded to hidden [n_ids][D]. */
 COVEY_EXPORT int32_t covey_embed(const covey_matrix* embedding, const int32_t* ids, int32_t n_ids,

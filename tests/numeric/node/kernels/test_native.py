@@ -31,23 +31,11 @@ from covey.node.kernels.native_head import load_native_head
 from covey.node.kernels.native_stage import load_native_stage
 from covey.node.kernels.packed import pack_block
 from covey.node.model.checkpoint import Checkpoint, open_checkpoint
-from covey.node.model.config import ModelConfig
 from covey.node.model.errors import CorruptModel, UnsupportedModel
 from covey.node.model.resolve import resolve_model
 from covey.node.model.sampling import SamplingParams
-from support.tiny_models import TINY, gguf_header, tensor_entry, tiny_metadata, tiny_tensors
+from support.tiny_weights import SMALL, rows, write_quantized
 
-SMALL = replace(
-    TINY,
-    n_blocks=3,
-    hidden_size=96,
-    n_heads=6,
-    n_kv_heads=2,
-    head_dim=32,
-    rope_dim=32,
-    intermediate_size=160,
-    context_length=1024,
-)
 PROMPTS = (
     "Why is the sky blue?",
     "Write a short poem about the sea.",
@@ -60,22 +48,6 @@ PROMPTS = (
     "Write a Python function that adds two numbers.",
     "What is photosynthesis?",
 )
-
-
-def write_quantized(
-    path: Path, config: ModelConfig, kind: str, *, break_scale: bool = False
-) -> Path:
-    """A tiny model whose matrices are of one GGUF type; norms stay F32."""
-    entries, data = [], b""
-    for name, tensor in tiny_tensors(config).items():
-        as_type = GGMLQuantizationType.F32 if tensor.ndim == 1 else GGMLQuantizationType[kind]
-        raw = quantize(tensor, as_type).tobytes()
-        if break_scale and name == "blk.1.attn_output.weight":
-            raw = raw[:40] + b"\x00\x7e" + raw[42:]  # a NaN in the third block's scale
-        entries.append(tensor_entry(name, tensor.shape[::-1], int(as_type), len(data)))
-        data += raw + b"\0" * (-len(raw) % 32)
-    path.write_bytes(gguf_header(tiny_metadata(config), entries) + data)
-    return path
 
 
 @pytest.fixture(scope="module", params=["portable", "best"])
@@ -101,11 +73,6 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]:
         resolve_model("smollm2"), cache_dir=tmp_path_factory.mktemp("cache")
     ) as opened:
         yield opened
-
-
-def rows(n: int, config: ModelConfig = SMALL, seed: int = 0) -> Any:
-    random = np.random.default_rng(seed)
-    return random.normal(size=(n, config.hidden_size)).astype(np.float32)
 
 
 def run(stage: Any, hidden: Any, sizes: list[int]) -> Any:
@@ -205,9 +172,10 @@ def test_chunks_and_threads_change_no_bit(
     expected = run(single, hidden, [1])
     for sizes in ([330], [128], [1, 2, 3, 5, 7, 11, 13, 40]):
         assert np.array_equal(run(chunked, hidden, sizes), expected)
-        keys, values = chunked._sessions["s"].arrays
-        assert np.array_equal(keys, single._sessions["s"].arrays[0])
-        assert np.array_equal(values, single._sessions["s"].arrays[1])
+        pages = [stage._sessions["s"].pages.table for stage in (single, chunked)]
+        assert len(pages[0]) == 6
+        for one, other in zip(*pages, strict=True):
+            assert np.array_equal(one.memory, other.memory)
 
 
 def test_instruction_sets_give_the_same_bits(small: Checkpoint) -> None:
