@@ -21,8 +21,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from covey.node.engine.errors import EngineError
 from covey.node.engine.generate import prefill_chunks
-from covey.node.engine.stage import Head, Stage
+from covey.node.engine.stage import Head, Stage, Step
 from covey.node.model.checkpoint import Checkpoint, open_checkpoint
 
 from .contest import Spec, Task
@@ -145,11 +146,14 @@ class CoveyDecoder:
 
     def step(self, ids: Sequence[int], position: int) -> None:
         """See `Decoder.step`."""
-        from covey.node.engine.stage import Step
-
         rows = self._head.embed(ids)
         steps = [Step(str(i), position, rows[i : i + 1]) for i in range(len(ids))]
-        self._head.logits(np.concatenate(self._stage.forward_batch(steps)))
+        outputs = []
+        for result in self._stage.forward_batch(steps):
+            if isinstance(result, EngineError):
+                raise result
+            outputs.append(result)
+        self._head.logits(np.concatenate(outputs))
 
 
 class LlamaDecoder:
