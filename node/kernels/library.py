@@ -13,7 +13,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint32, c_void_p
-from enum import IntFlag
+from enum import IntEnum, IntFlag
 from functools import cache
 from itertools import count
 from pathlib import Path
