@@ -113,6 +113,15 @@ def test_spans_and_rewinds_give_the_same_bits(made: Made) -> None:
         assert np.array_equal(embedded, whole[14:21])
 
 
+def test_bf16_is_close(made: Made) -> None:
+    with opened(made, "gguf") as checkpoint:
+        n_blocks = checkpoint.config.n_blocks
+        stage, head = load_stage(checkpoint, (0, n_blocks), "bf16"), load_head(checkpoint, "bf16")
+        logits = head.logits(run([stage], head.embed(made.ids), 7))
+    error = np.abs(logits - made.expected).mean() / np.abs(made.expected).mean()
+    assert error < 0.1
+
+
 def test_sizes_are_what_the_planner_is_told(made: Made) -> None:
     with opened(made, "safetensors") as checkpoint:
         stage, config = load_stage(checkpoint, (1, 3)), checkpoint.config
