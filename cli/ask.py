@@ -212,6 +212,7 @@ def _run_alone(ask: Ask, prompt: str, *, raw: bool, as_json: bool) -> None:
     with err.status("starting the engine"):
         from covey.node.alone import generate_alone, load_alone
         from covey.node.catalog import open_model
+        from covey.node.engines import Engines
         from covey.node.model.sampling import SamplingParams
         from covey.node.prompt import chat_tokens, prompt_tokens
 
@@ -222,12 +223,10 @@ def _run_alone(ask: Ask, prompt: str, *, raw: bool, as_json: bool) -> None:
         top_k=ask.top_k,
         seed=ask.seed,
     )
-    model = open_model(ask.model, "fp32")
+    model = open_model(ask.model, Engines())
     with Progress(console=err, transient=True) as progress:
         task = progress.add_task(f"loading {model.name}", total=model.checkpoint.config.n_blocks)
-        stage = load_alone(
-            model, threads=1, on_block=lambda done, _: progress.update(task, completed=done)
-        )
+        stage = load_alone(model, on_block=lambda done, _: progress.update(task, completed=done))
     if raw:
         tokens = prompt_tokens(model.tokenizer, prompt)
     else:

@@ -69,7 +69,8 @@ def _demo(
 ) -> dict[str, Any]:
     with err.status("starting the engine"):
         from covey.node.catalog import open_model
-    n_blocks = open_model(model, "fp32").checkpoint.config.n_blocks
+        from covey.node.engines import Engines
+    n_blocks = open_model(model, Engines()).checkpoint.config.n_blocks
     if n_nodes > n_blocks:
         raise CoveyError(f"{model} has {n_blocks} blocks: at most that many --nodes")
     cap = _cap(n_blocks, n_nodes)
@@ -156,11 +157,12 @@ def _ask(client: Client, model: str, prompt: str, max_tokens: int, *, quiet: boo
 def _reference(name: str, prompt: str, max_tokens: int) -> str:
     from covey.node.alone import generate_alone, load_alone
     from covey.node.catalog import open_model
+    from covey.node.engines import Engines
     from covey.node.model.sampling import SamplingParams
     from covey.node.prompt import chat_tokens
 
-    model = open_model(name, "fp32")
-    stage = load_alone(model, threads=1)
+    model = open_model(name, Engines())
+    stage = load_alone(model)
     tokens = chat_tokens(model.tokenizer, [{"role": "user", "content": prompt}])
     return "".join(generate_alone(model, stage, tokens, SamplingParams(max_tokens=max_tokens)))
 

@@ -47,7 +47,12 @@ def _render_status(facts: dict[str, Any]) -> None:
     out.print(f"{facts['name']} ({facts['peer_id'][-8:]}), up {facts['uptime_s']:.0f} s")
     out.print(f"swarm {facts['swarm'][:8]}, home {facts['home']}")
     engine = facts["engine"]
-    out.print(f"engine {engine['kind']} {engine['dtype']}, {engine['threads']} thread(s)\n")
+    threads = f"{engine['threads']} thread{'s' * (engine['threads'] != 1)}"
+    if engine["kind"] == "native":
+        out.print(f"native engine ({engine['isa']}), {threads}\n")
+    else:
+        why = f": {engine['why_portable']}" if engine["why_portable"] else ""
+        out.print(f"portable engine (torch), {threads}{why}\n")
     table(
         "Members",
         ("name", "peer", "alive", "blocks", "link", "RTT", "sent", "received"),

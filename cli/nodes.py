@@ -51,10 +51,19 @@ MaxBlocks = Annotated[
 Memory = Annotated[
     str | None, typer.Option(help="Most memory for weights and KV cache, like 2G or 512M.")
 ]
-DType = Annotated[str, typer.Option(help="fp32 is exact, bf16 takes half the memory.")]
+Engine = Annotated[
+    str,
+    typer.Option(
+        help="native runs the file's own quantised weights, fp32 and bf16 are torch; "
+        "auto is native where it can be. All members of a plan run the same."
+    ),
+]
 Threads = Annotated[
-    int,
-    typer.Option(min=1, help="Threads of the engine; give all members the same for equal text."),
+    int | None,
+    typer.Option(
+        min=1,
+        help="Threads of the engine; by default every core, less one if there are more than two.",
+    ),
 ]
 Prefer = Annotated[str, typer.Option(help="What plans aim at: latency, throughput or balanced.")]
 Context = Annotated[int, typer.Option(min=16, help="Longest session to keep room for, in tokens.")]
@@ -91,8 +100,8 @@ def up(
     api_key: ApiKey = None,
     max_blocks: MaxBlocks = None,
     memory: Memory = None,
-    dtype: DType = "fp32",
-    threads: Threads = 1,
+    engine: Engine = "auto",
+    threads: Threads = None,
     prefer: Prefer = "balanced",
     context: Context = 2048,
     mdns: Mdns = True,
@@ -116,7 +125,7 @@ def up(
         api_key=api_key,
         max_blocks=max_blocks,
         memory=memory,
-        dtype=dtype,
+        engine=engine,
         threads=threads,
         prefer=prefer,
         context_tokens=context,
@@ -140,8 +149,8 @@ def join(
     api_key: ApiKey = None,
     max_blocks: MaxBlocks = None,
     memory: Memory = None,
-    dtype: DType = "fp32",
-    threads: Threads = 1,
+    engine: Engine = "auto",
+    threads: Threads = None,
     prefer: Prefer = "balanced",
     context: Context = 2048,
     mdns: Mdns = True,
@@ -166,7 +175,7 @@ def join(
         api_key=api_key,
         max_blocks=max_blocks,
         memory=memory,
-        dtype=dtype,
+        engine=engine,
         threads=threads,
         prefer=prefer,
         context_tokens=context,

@@ -4,27 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 
-import torch
-
 from .catalog import LocalModel
 from .engine.generate import FinishReason, generate_text
 from .engine.stage import Stage
-from .engine.torch_stage import load_stage
 from .errors import PromptTooLong
 from .model.sampling import SamplingParams
 
 
-def load_alone(
-    model: LocalModel, *, threads: int, on_block: Callable[[int, int], None] | None = None
-) -> Stage:
-    """Load every block; `on_block(done, total)` follows the progress.
-
-    Sets torch's threads for the whole process: results are identical only for equal numbers.
-    """
-    torch.set_num_threads(threads)
-    return load_stage(
-        model.checkpoint, (0, model.checkpoint.config.n_blocks), model.dtype, on_block=on_block
-    )
+def load_alone(model: LocalModel, *, on_block: Callable[[int, int], None] | None = None) -> Stage:
+    """Load every block; `on_block(done, total)` follows the progress."""
+    return model.load_stage((0, model.checkpoint.config.n_blocks), on_block=on_block)
 
 
 def generate_alone(

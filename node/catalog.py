@@ -5,16 +5,16 @@ Opening a model reads its header only; tokenizer, head and blocks are loaded whe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
 from covey.partition.profile import ModelLayout
 from covey.store.schema import BlobEntry, ModelManifest
 
-from .engine.head import load_head
-from .engine.stage import Head
-from .engine.tensors import NUMPY_DTYPES, EngineDtype
+from .engine.stage import Head, Stage
+from .engine.tensors import HIDDEN_DTYPES, itemsize
+from .engines import Engines, weight_sizes
 from .errors import UnknownModel
 from .model.checkpoint import Checkpoint, open_checkpoint
 from .model.resolve import resolve_model, short_names
@@ -22,13 +22,23 @@ from .model.tokenizer import Tokenizer
 
 
 class LocalModel:
-    """One model on this disk. `name` is what people call it in this swarm."""
+    """One model on this disk. `name` is what people call it in this swarm.
 
-    def __init__(self, name: str, checkpoint: Checkpoint, dtype: EngineDtype) -> None:
+    Raises:
+        ConfigError: the engine that was asked for cannot run it.
+    """
+
+    def __init__(self, name: str, checkpoint: Checkpoint, engines: Engines) -> None:
         self.name = name
         self.checkpoint = checkpoint
-        self.dtype: EngineDtype = dtype
+        self.engine = engines.kind_of(checkpoint)
+        self._engines = engines
         self.digest = checkpoint.digest
+
+    @property
+    def threads(self) -> int:
+        """Threads of its engine."""
+        return self._engines.threads
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -38,23 +48,33 @@ class LocalModel:
     @cached_property
     def head(self) -> Head:
         """Embedding and output head; read at first use. Call it on the worker."""
-        return load_head(self.checkpoint, self.dtype)
+        return self._engines.load_head(self.checkpoint, self.engine)
+
+    def load_stage(
+        self,
+        span: tuple[int, int],
+        *,
+        on_block: Callable[[int, int], None] | None = None,
+        verify: bool = False,
+    ) -> Stage:
+        """Blocks [start, end) on this model's engine; see `Engines.load_stage`."""
+        return self._engines.load_stage(
+            self.checkpoint, span, self.engine, on_block=on_block, verify=verify
+        )
 
     @cached_property
     def layout(self) -> ModelLayout:
         """What the planner needs to know of the model, as this engine holds it in memory."""
-        config, itemsize = self.checkpoint.config, NUMPY_DTYPES[self.dtype].itemsize
-        block_bytes = config.block_weights * itemsize
-        embedding_bytes = config.vocab_size * config.hidden_size * itemsize
+        config, sizes = self.checkpoint.config, weight_sizes(self.checkpoint, self.engine)
         return ModelLayout(
             digest=self.digest,
             n_blocks=config.n_blocks,
             hidden_size=config.hidden_size,
-            block_bytes=(block_bytes,) * config.n_blocks,
-            embedding_bytes=embedding_bytes,
-            head_bytes=0 if config.tied_embeddings else embedding_bytes,
-            kv_bytes_per_token_per_block=config.kv_bytes_per_token(1, itemsize),
-            wire_bytes_per_token=config.hidden_size * itemsize,
+            block_bytes=sizes.blocks,
+            embedding_bytes=sizes.embedding,
+            head_bytes=sizes.head,
+            kv_bytes_per_token_per_block=sizes.kv_per_token_per_block,
+            wire_bytes_per_token=config.hidden_size * itemsize(HIDDEN_DTYPES[self.engine]),
         )
 
     def manifest(self) -> ModelManifest:
@@ -82,13 +102,14 @@ class Catalog:
         self._by_digest = {model.digest: model for model in models}
 
     @classmethod
-    def open(cls, names: Sequence[str], dtype: EngineDtype) -> Catalog:
+    def open(cls, names: Sequence[str], engines: Engines) -> Catalog:
         """Resolve and open models; hashes each the first time (about 1 s per GB).
 
         Raises:
             ModelError: one cannot be found or read.
+            ConfigError: the engine that was asked for cannot run one.
         """
-        return cls([open_model(name, dtype) for name in names])
+        return cls([open_model(name, engines) for name in names])
 
     def __iter__(self) -> Iterator[LocalModel]:
         return iter(self._by_digest.values())
@@ -109,10 +130,10 @@ class Catalog:
         raise UnknownModel(name, tuple(model.name for model in self))
 
 
-def open_model(name: str, dtype: EngineDtype) -> LocalModel:
-    """Resolve and open one model; raises ModelError."""
+def open_model(name: str, engines: Engines) -> LocalModel:
+    """Resolve and open one model; raises ModelError or ConfigError."""
     path = resolve_model(name)
-    return LocalModel(_public_name(name, path), open_checkpoint(path), dtype)
+    return LocalModel(_public_name(name, path), open_checkpoint(path), engines)
 
 
 def _public_name(name: str, path: Path) -> str:

@@ -11,11 +11,10 @@ from typing import get_args
 
 from covey.partition.choose import Prefer
 
-from .engine.tensors import EngineDtype
+from .engines import ENGINE_CHOICES, EngineChoice
 from .errors import ConfigError
 
 PREFERENCES: tuple[Prefer, ...] = get_args(Prefer)
-DTYPES: tuple[EngineDtype, ...] = get_args(EngineDtype)
 
 _SIZE = re.compile(r"\s*([0-9]{0,20}\.?[0-9]{1,20})\s*([kmgt]?)(i?b)?\s*", re.IGNORECASE)
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -47,8 +46,8 @@ class NodeConfig:
     api_key: str | None = None
     max_blocks: int | None = None  # most blocks this node will hold; 0: head only
     memory_bytes: int | None = None  # most weights and KV cache; None: measured
-    dtype: EngineDtype = "fp32"
-    threads: int = 1  # of the engine; results are identical only for equal numbers
+    engine: EngineChoice = "auto"
+    threads: int | None = None  # of the engine; None: `default_threads`
     prefer: Prefer = "balanced"
     context_tokens: int = 2048  # longest session that plans and leases reckon with
     max_sessions: int = 8  # generations at once, as head
@@ -65,8 +64,8 @@ class NodeConfig:
         _within("max_sessions", self.max_sessions, 1, 1024)
         check_exposure(self.api_host, self.api_key)
         _within("grace", self.grace_s, 0, 3600)
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype: {self.dtype!r} is none of {', '.join(DTYPES)}")
+        if self.engine not in ENGINE_CHOICES:
+            raise ConfigError(f"engine: {self.engine!r} is none of {', '.join(ENGINE_CHOICES)}")
         if self.prefer not in PREFERENCES:
             raise ConfigError(f"prefer: {self.prefer!r} is none of {', '.join(PREFERENCES)}")
         if not 1 <= len(self.name) <= 64 or not self.name.isprintable():

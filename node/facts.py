@@ -23,7 +23,7 @@ def status_facts(node: Node) -> dict[str, Any]:
         "version": __version__,
         "uptime_s": round(time.time() - node.started_at, 1),
         "home": str(node.home.path),
-        "engine": {"kind": "torch", "dtype": node.config.dtype, "threads": node.config.threads},
+        "engine": node.engines.facts(),
         "members": [_member(node, card, is_live=peer in live) for peer, card in cards.items()],
         "models": _models(node),
         "stages": _stages(node),

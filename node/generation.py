@@ -23,6 +23,7 @@ from .engine.errors import EngineError
 from .engine.generate import prefill_chunks
 from .engine.tensors import HiddenStates
 from .errors import Busy, NotReady, PromptTooLong, SessionFailed
+from .head_batch import HeadBatches, NextToken, Sampled
 from .model.errors import ModelError
 from .model.sampling import SampledToken, Sampler, StopMatcher
 from .pipeline import Pipelines, PipelineSession, StepResult
@@ -90,6 +91,7 @@ class Generator:
         self.hold = hold
         self.pipelines = pipelines
         self.worker = worker
+        self.head_batches = HeadBatches(worker)
         self._context_tokens = context_tokens
         self._max_sessions = max_sessions
         self._is_refusing = False
@@ -166,6 +168,7 @@ class _Run:
                         yield event
         finally:
             self._owner.pipelines.close(session)
+            self._owner.head_batches.forget(session.name)
 
     async def _open(self) -> PipelineSession:
         try:
@@ -189,7 +192,7 @@ class _Run:
         n_generated, stopped = 0, False
         while True:
             is_last = n_generated + 1 == self._max_tokens
-            sampled, fed_back, head_s = await self._sample(result.hidden, is_last=is_last)
+            sampled, fed_back, head_s = await self._sample(session, result.hidden, is_last=is_last)
             began_at, last_at = last_at, time.perf_counter()
             if sampled.id in self._model.tokenizer.eos_ids:
                 reason = "stop"
@@ -204,6 +207,7 @@ class _Run:
                 timing = _step_timing(last_at - began_at, result.trace, head_s)
             # The stages work on the next token while this one is decoded, sent and read.
             ahead = None if fed_back is None else await self._send_ahead(session, fed_back)
+            await asyncio.sleep(0)  # a first stage of our own begins before that
             text, stopped = matcher.push(stream.push(sampled.id))
             logprob = self._logprob(sampled)
             yield Delta(text=text, token_id=sampled.id, logprob=logprob, timing=timing)
@@ -256,24 +260,23 @@ class _Run:
                 return result
 
     async def _sample(
-        self, hidden: HiddenStates | None, *, is_last: bool
+        self, session: PipelineSession, hidden: HiddenStates | None, *, is_last: bool
     ) -> tuple[SampledToken, HiddenStates | None, float]:
-        """Logits, the next token and, unless it is the last, its embedding, in one job."""
-        head, eos_ids = self._model.head, self._model.tokenizer.eos_ids
+        """The next token, its embedding unless it is the last, and the seconds it took."""
         if hidden is None:
             raise SessionFailed("wrong_tensor", "the last stage returned no hidden states")
-
-        def job() -> tuple[SampledToken, HiddenStates | None]:
-            sampled = self._sampler.sample(head.logits(hidden)[-1], self._tokens)
-            ends = is_last or sampled.id in eos_ids
-            return sampled, None if ends else head.embed([sampled.id])
-
-        done = await self._on_worker(job)
+        wish = NextToken(hidden[-1:], self._sampler, self._tokens, is_last)
+        done: Done[Sampled] = await self._outcome(
+            self._owner.head_batches.submit(self._model, self._route.n_stages, session.name, wish)
+        )
         return (*done.value, done.compute_s)
 
     async def _on_worker(self, job: Callable[[], T]) -> Done[T]:
+        return await self._outcome(self._owner.worker.run(job))
+
+    async def _outcome(self, work: Awaitable[T]) -> T:
         try:
-            return await self._within(self._owner.worker.run(job))
+            return await self._within(work)
         except (EngineError, ModelError, WorkerClosed) as error:
             raise SessionFailed(code_of(error).value, str(error)) from error
 

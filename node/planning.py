@@ -34,7 +34,6 @@ from covey.transport.peer import Peer
 from .catalog import Catalog, LocalModel
 from .config import NodeConfig
 from .engine.lease import LeaseTable
-from .engine.torch_stage import load_stage
 from .errors import NodeError
 from .home import Home
 from .links import LinkMeter
@@ -215,9 +214,9 @@ class Planning:
         except UnsupportedPlan as error:
             self._reasons[model.digest] = str(error)
             return
-        if route.dtype != model.dtype:
+        if route.engine != model.engine:
             self._reasons[model.digest] = (
-                f"the swarm runs it in {route.dtype}: start this node with --dtype {route.dtype}"
+                f"the swarm runs it on {route.engine}: start this node with --engine {route.engine}"
             )
             self._routes.pop(model.digest, None)
             return
@@ -261,11 +260,7 @@ class Planning:
             stage_idx = route.peers.index(node.peer_id)
             span = route.spans[stage_idx]
             logger.info("loading blocks %d to %d of %s", *span, model.name)
-            engine = (
-                await node.loader.run(
-                    lambda: load_stage(model.checkpoint, span, route.dtype, verify=True)
-                )
-            ).value
+            engine = (await node.loader.run(lambda: model.load_stage(span, verify=True))).value
         except NodeError as error:
             logger.warning("a plan cannot run here: %s", error)
             self._failed.add(digest)
@@ -285,9 +280,7 @@ class Planning:
             capacity_bytes=max(device.memory_bytes - engine.weight_bytes - taken, 0),
             ttl_s=LEASE_TTL_S,
         )
-        stage = LoadedStage(route, stage_idx, engine, leases)
-        node.server.add(stage)
-        self._say_ready(stage)
+        self._say_ready(node.server.add(route, stage_idx, engine, leases))
 
     def _say_ready(self, stage: LoadedStage) -> None:
         ready = Ready(plan_digest=stage.route.digest, stage_idx=stage.stage_idx, at=time.time())
@@ -348,11 +341,11 @@ class Planning:
 
 
 def _usable(model: LocalModel, state: ModelState, live: frozenset[str]) -> dict[str, DeviceProfile]:
-    """The live members that run the model in our dtype: a plan has one."""
+    """The live members that run the model on our engine: a plan has one."""
     return {
         peer: device
         for peer, device in state.devices.items()
-        if peer in live and device.dtype == model.dtype
+        if peer in live and device.engine == model.engine
     }
 
 
@@ -376,5 +369,5 @@ def _plan_of(model: LocalModel, best: Candidate, epoch: int, proposer: str) -> L
         model_digest=model.digest,
         epoch=epoch,
         proposer=proposer,
-        dtype=model.dtype,
+        engine=model.engine,
     )

@@ -20,7 +20,6 @@ from covey.partition.profile import DeviceProfile
 from .catalog import LocalModel
 from .config import NodeConfig
 from .engine.measure import measure_blocks
-from .engine.torch_stage import load_stage
 from .home import Home
 
 N_MEASURED_BLOCKS = 2  # together larger than most caches, and read in well under a second
@@ -33,9 +32,9 @@ def device_profile(
 ) -> DeviceProfile:
     """Measure this device on one model, or recall what was measured; takes a few seconds.
 
-    Runs torch: call it on the worker, and after the threads are set.
+    Runs the engine: call it on a worker.
     """
-    key = _cache_key(model, config)
+    key = _cache_key(model)
     known = home.load("profile.json") or {}
     figures: dict[str, float] = known[key] if _is_usable(known.get(key)) else {}
     if not figures:
@@ -47,7 +46,7 @@ def device_profile(
     return DeviceProfile(
         peer_id=peer_id,
         model_digest=model.digest,
-        dtype=model.dtype,
+        engine=model.engine,
         decode_s_per_block=figures["decode_s_per_block"],
         prefill_s_per_token_per_block=figures["prefill_s_per_token_per_block"],
         head_s=figures["head_s"],
@@ -76,7 +75,7 @@ def _is_usable(figures: object) -> bool:
 def _measure(model: LocalModel) -> dict[str, float]:
     checkpoint = model.checkpoint
     n_blocks = min(N_MEASURED_BLOCKS, checkpoint.config.n_blocks)
-    stage = load_stage(checkpoint, (0, n_blocks), model.dtype)
+    stage = model.load_stage((0, n_blocks))
     blocks = measure_blocks(stage)
     head = model.head
     return {
@@ -105,6 +104,6 @@ def _read_speed(path: Path) -> float:
     return max(1.0, n_read / max(time.perf_counter() - began_at, 1e-9))
 
 
-def _cache_key(model: LocalModel, config: NodeConfig) -> str:
-    parts = (__version__, model.digest, model.dtype, config.threads, psutil.cpu_count())
+def _cache_key(model: LocalModel) -> str:
+    parts = (__version__, model.digest, model.engine, model.threads, psutil.cpu_count())
     return hashlib.sha256(repr(parts).encode()).hexdigest()

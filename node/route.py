@@ -9,11 +9,11 @@ from covey.partition.plan import LayerPlan
 from covey.transport.errors import ErrorCode
 from covey.transport.messages import Codec
 
-from .engine.tensors import EngineDtype
+from .engine.tensors import HIDDEN_DTYPES, EngineDtype, EngineKind
 from .errors import NodeError
 
 _CODECS: dict[str, Codec] = {name: name for name in get_args(Codec)}
-_DTYPES: dict[str, EngineDtype] = {"fp32": "fp32", "bf16": "bf16"}
+_ENGINES: dict[str, EngineKind] = {name: name for name in get_args(EngineKind)}
 
 
 class UnsupportedPlan(NodeError):
@@ -24,7 +24,7 @@ class UnsupportedPlan(NodeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """The plan a session uses: one peer per stage, codecs and dtype that exist here."""
+    """The plan a session uses: one peer per stage, codecs and engine that exist here."""
 
     plan: LayerPlan
     digest: str
@@ -32,20 +32,21 @@ class Route:
     peers: tuple[str, ...]  # one per stage
     spans: tuple[tuple[int, int], ...]
     codecs: tuple[Codec, ...]  # one per border, head to head
-    dtype: EngineDtype
+    engine: EngineKind
+    dtype: EngineDtype  # of its hidden states
 
     @classmethod
     def of(cls, plan: LayerPlan) -> Route:
         """Look a plan over.
 
         Raises:
-            UnsupportedPlan: it has groups, sparse attention, or a codec or dtype of a newer
+            UnsupportedPlan: it has groups, sparse attention, or a codec or engine of a newer
                 version.
         """
         if any(len(stage.members) != 1 for stage in plan.stages) or plan.index_pattern is not None:
             raise UnsupportedPlan("the plan has groups or sparse attention; update this node")
-        if plan.dtype not in _DTYPES or not _CODECS.keys() >= set(plan.codecs):
-            raise UnsupportedPlan("the plan has a dtype or codec unknown here; update this node")
+        if plan.engine not in _ENGINES or not _CODECS.keys() >= set(plan.codecs):
+            raise UnsupportedPlan("the plan has an engine or codec unknown here; update this node")
         return cls(
             plan=plan,
             digest=plan.digest,
@@ -53,7 +54,8 @@ class Route:
             peers=plan.peers,
             spans=tuple((stage.span.start, stage.span.end) for stage in plan.stages),
             codecs=tuple(_CODECS[codec] for codec in plan.codecs),
-            dtype=_DTYPES[plan.dtype],
+            engine=_ENGINES[plan.engine],
+            dtype=HIDDEN_DTYPES[_ENGINES[plan.engine]],
         )
 
     @property

@@ -14,8 +14,6 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from typing import Any
 
-import torch
-
 from covey import __version__
 from covey.partition.choose import Prefer
 from covey.store.awareness import Awareness
@@ -34,6 +32,7 @@ from .api.server import ApiServer
 from .catalog import Catalog, LocalModel
 from .config import NodeConfig
 from .discovery import Discovery
+from .engines import Engines
 from .errors import NotReady
 from .facts import status_facts
 from .generation import Generator
@@ -64,7 +63,8 @@ class Node:
         self.swarm = entry.swarm
         self.started_at = time.time()
         self.stop_requested = asyncio.Event()
-        self.catalog = Catalog.open(config.models, config.dtype)
+        self.engines = Engines(config.engine, config.threads)
+        self.catalog = Catalog.open(config.models, self.engines)
         self.worker = Worker("covey-engine")
         self.loader = Worker("covey-loader")
         self.invites = load_invites(home)
@@ -326,7 +326,6 @@ async def running_node(
         ConfigError, ModelError, TransportError, StoreError: it could not start; the text says why.
     """
     with Home(config.home) as home:
-        torch.set_num_threads(config.threads)
         identity = Identity.load_or_create(home.identity)
         entry = await enter(home, identity, invite=invite, may_found=may_found)
         node = Node(config, home, identity, entry)

@@ -28,9 +28,10 @@ from covey.transport.messages import (
 )
 from covey.transport.tasks import Tasks
 
+from .batching import Batcher
 from .engine.errors import LeaseExpired
 from .engine.lease import LeaseTable
-from .engine.stage import Stage
+from .engine.stage import Stage, Step
 from .engine.tensors import HiddenStates
 from .hidden import WrongTensor, pack, unpack
 from .route import Route
@@ -53,6 +54,7 @@ class LoadedStage:
     stage_idx: int
     engine: Stage
     leases: LeaseTable
+    batcher: Batcher[Step, HiddenStates]
     n_forwards: int = 0
     received_bytes: int = 0
     compute_s: float = 0.0
@@ -103,9 +105,16 @@ class StageServer:
         """Sessions that hold a lease here now."""
         return len(self._sessions)
 
-    def add(self, stage: LoadedStage) -> None:
-        """Serve a stage from now on."""
-        self._stages[stage.route.digest] = stage
+    def add(self, route: Route, stage_idx: int, engine: Stage, leases: LeaseTable) -> LoadedStage:
+        """Serve a stage of a plan from now on."""
+        batcher: Batcher[Step, HiddenStates] = Batcher(
+            self._worker,
+            lambda steps: stage.engine.forward_batch(steps),
+            n_groups=route.n_stages,
+        )
+        stage = LoadedStage(route, stage_idx, engine, leases, batcher)
+        self._stages[route.digest] = stage
+        return stage
 
     def sessions_of(self, plan: str) -> int:
         """How many sessions still use a plan; an old plan is unloaded when none does."""
@@ -255,9 +264,11 @@ class StageServer:
         self, session: _Session, message: Forward, hidden: HiddenStates, nbytes: int
     ) -> None:
         stage, request = session.stage, session.request
-        engine, route = stage.engine, stage.route
-        done = await self._worker.run(
-            lambda: engine.forward(request.session, message.position, hidden)
+        route = stage.route
+        done = await stage.batcher.submit(
+            request.session,
+            Step(request.session, message.position, hidden),
+            is_short=len(hidden) == 1,
         )
         is_last = request.stage_idx == route.n_stages - 1
         result = done.value
@@ -292,6 +303,7 @@ class StageServer:
         if not self._sessions:
             self._is_idle.set()
         session.stage.leases.release(name)
+        session.stage.batcher.forget(name)
         if session.task is not None and session.task is not asyncio.current_task():
             session.task.cancel()
         # Queued at once: behind the forward that runs, before whatever is opened from now on, so

@@ -212,7 +212,7 @@ def _fits(plan: LayerPlan, layout: ModelLayout, devices: Mapping[str, DeviceProf
         weights = sum(layout.block_bytes[stage.span.start : stage.span.end])
         for member in stage.members:
             device = devices.get(member.peer_id)
-            if device is None or device.dtype != plan.dtype:
+            if device is None or device.engine != plan.engine:
                 return False
             share = weights * member.share
             if stage.span.n_blocks > block_cap(device) or share > device.memory_bytes:

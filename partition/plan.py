@@ -22,7 +22,7 @@ from .bounds import check_name, check_real, check_whole
 from .errors import InvalidPlan
 from .profile import MAX_BLOCKS, MAX_BYTES, ModelLayout
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 MAX_STAGES = 64
 MAX_MEMBERS = 16  # of one tensor-parallel group
 MAX_EPOCH = 1 << 31  # as a frame carries it
@@ -146,7 +146,7 @@ class LayerPlan:
     stages: tuple[StagePlan, ...]
     codecs: tuple[str, ...]  # [n_stages + 1], one per border
     carries: tuple[bool, ...]  # [n_stages + 1]: does the border carry top-k indices
-    dtype: str
+    engine: str
     prediction: Prediction
     proposer: str
     index_pattern: str | None = None  # one of F and S per block (D13), or None: dense attention
@@ -157,7 +157,7 @@ class LayerPlan:
         if self.version != PLAN_VERSION:
             raise InvalidPlan("plan.version", f"only version {PLAN_VERSION} is understood")
         check_name("plan.model_digest", self.model_digest)
-        check_name("plan.dtype", self.dtype)
+        check_name("plan.engine", self.engine)
         check_name("plan.proposer", self.proposer)
         check_whole("plan.epoch", self.epoch, 0, MAX_EPOCH)
         check_stages(self.stages)
@@ -238,7 +238,7 @@ _IDENTITY = (
     "stages",
     "codecs",
     "index_pattern",
-    "dtype",
+    "engine",
     "proposer",
 )
 
@@ -289,7 +289,7 @@ def make_plan(
     model_digest: str,
     epoch: int,
     proposer: str,
-    dtype: str,
+    engine: str,
     codec: str = "exact",
     index_pattern: str | None = None,
 ) -> LayerPlan:
@@ -304,7 +304,7 @@ def make_plan(
         stages=stages,
         codecs=(codec,) * (len(stages) + 1),
         carries=carries_of(stages, index_pattern),
-        dtype=dtype,
+        engine=engine,
         prediction=prediction,
         proposer=proposer,
         index_pattern=index_pattern,

@@ -82,11 +82,11 @@ class ModelLayout(Value):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceProfile(Value):
-    """What one member was measured to do with one model in one dtype, and what it gives."""
+    """What one member was measured to do with one model on one engine, and what it gives."""
 
     peer_id: str
     model_digest: str
-    dtype: str
+    engine: str
     decode_s_per_block: float  # one token through one block, batch of one
     prefill_s_per_token_per_block: float
     head_s: float  # embedding, final norm, logits and sampling of one token
@@ -99,7 +99,7 @@ class DeviceProfile(Value):
         """Check every bound."""
         check_name("device.peer_id", self.peer_id)
         check_name("device.model_digest", self.model_digest)
-        check_name("device.dtype", self.dtype)
+        check_name("device.engine", self.engine)
         for field in ("decode_s_per_block", "prefill_s_per_token_per_block", "head_s"):
             check_real(f"device.{field}", getattr(self, field), MIN_SECONDS, MAX_SECONDS)
         check_whole("device.memory_bytes", self.memory_bytes, 0, MAX_BYTES)

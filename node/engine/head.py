@@ -78,3 +78,7 @@ class TorchHead:
         normed = F.rms_norm(x, (x.shape[-1],), self._norm, self._config.rms_norm_eps)
         logits: npt.NDArray[np.float32] = F.linear(normed, self._output).float().numpy()
         return logits
+
+    def logits_of_each(self, rows: Sequence[HiddenStates]) -> Sequence[npt.NDArray[np.float32]]:
+        """See `Head.logits_of_each`; torch's results depend on how many rows there are."""
+        return [self.logits(row)[0] for row in rows]

@@ -6,12 +6,26 @@ Nothing here imports torch. A stage is used by one thread at a time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from .errors import EngineError
 from .tensors import EngineDtype, HiddenStates
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The next rows of one session; the fields are the arguments of `Stage.forward`."""
+
+    session: str
+    position: int
+    hidden: HiddenStates
+
+
+StepResult: TypeAlias = HiddenStates | EngineError
 
 
 class Stage(Protocol):
@@ -42,11 +56,23 @@ class Stage(Protocol):
         """Memory that one position of one session takes."""
         ...
 
-    def open_session(self, session: str, n_tokens: int) -> None:
+    def open_session(self, session: str, n_tokens: int, prefix: Sequence[bytes] = ()) -> int:
         """Make room for `n_tokens` positions, in place of what `session` held before.
+
+        Args:
+            session: any name.
+            n_tokens: positions that the session may have, at least 1.
+            prefix: one key for each full page of 64 positions that the prompt begins with, a hash
+                of all its tokens up to there. The session promises to fill those positions with
+                those tokens. A peer that must not vouch for another's pages gets other hashes.
+
+        Returns:
+            How many leading positions are filled already, from sessions with the same keys: a
+            multiple of 64. The next rows begin there, or before.
 
         Raises:
             CacheOverflow: more than the model's context.
+            CacheFull: more than this stage has memory for; what `session` held is gone.
         """
         ...
 
@@ -68,9 +94,29 @@ class Stage(Protocol):
         """
         ...
 
+    def forward_batch(self, steps: Sequence[Step]) -> list[StepResult]:
+        """Run the blocks on the next rows of several sessions; fast engines read weights once.
+
+        Returns:
+            For each step, in order, what `forward` would have returned or raised: a step that
+            fails spoils no other. Two steps of one session are taken one after the other.
+        """
+        ...
+
     def close_session(self, session: str) -> None:
         """Free the session's KV cache; nothing happens if there is none."""
         ...
+
+
+def forward_each(stage: Stage, steps: Sequence[Step]) -> list[StepResult]:
+    """`Stage.forward_batch` for an engine that gains nothing from batches."""
+    results: list[StepResult] = []
+    for step in steps:
+        try:
+            results.append(stage.forward(step.session, step.position, step.hidden))
+        except EngineError as error:
+            results.append(error)
+    return results
 
 
 class Head(Protocol):
@@ -97,4 +143,8 @@ class Head(Protocol):
 
     def logits(self, hidden: HiddenStates) -> npt.NDArray[np.float32]:
         """Logits [n_tokens, V] of hidden states [n_tokens, D]; raises InvalidHiddenStates."""
+        ...
+
+    def logits_of_each(self, rows: Sequence[HiddenStates]) -> Sequence[npt.NDArray[np.float32]]:
+        """Logits [V] of several sessions' rows [1, D], each as it would be alone."""
         ...

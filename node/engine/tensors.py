@@ -16,10 +16,17 @@ import numpy.typing as npt
 from .errors import InvalidHiddenStates
 
 EngineDtype = Literal["fp32", "bf16"]
+#: What computes: the C++ library on quantised weights, or torch in one of its dtypes.
+EngineKind = Literal["native", "fp32", "bf16"]
 HiddenStates: TypeAlias = npt.NDArray[Any]  # of the dtype in NUMPY_DTYPES; checked, not typed
 
 NUMPY_DTYPES: Mapping[EngineDtype, np.dtype[Any]] = MappingProxyType(
     {"fp32": np.dtype(np.float32), "bf16": np.dtype(np.uint16)}
+)
+
+
+HIDDEN_DTYPES: Mapping[EngineKind, EngineDtype] = MappingProxyType(
+    {"native": "fp32", "fp32": "fp32", "bf16": "bf16"}
 )
 
 

@@ -10,7 +10,7 @@ for another shape. How the blocks are cut into stages changes no bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -24,6 +24,7 @@ from covey.node.model.config import ModelConfig, RopeKind
 
 from .errors import CacheOverflow, NonFiniteValues, PositionGap, UnknownSession
 from .rope import RopeTables
+from .stage import Step, StepResult, forward_each
 from .tensors import EngineDtype, HiddenStates, check_hidden
 
 TORCH_DTYPES = MappingProxyType({"fp32": torch.float32, "bf16": torch.bfloat16})
@@ -128,8 +129,8 @@ class TorchStage:
         self._ropes = RopeTables(config, range(*span))
         self._sessions: dict[str, _Session] = {}
 
-    def open_session(self, session: str, n_tokens: int) -> None:
-        """See `Stage.open_session`; the memory is taken here and now."""
+    def open_session(self, session: str, n_tokens: int, prefix: Sequence[bytes] = ()) -> int:
+        """See `Stage.open_session`; the memory is taken here and now, nothing is shared."""
         if n_tokens < 1:
             raise ValueError(f"n_tokens = {n_tokens}")
         if n_tokens > self._config.context_length:
@@ -146,6 +147,7 @@ class TorchStage:
             torch.zeros(shape, dtype=self._torch_dtype),
             config.is_long(n_tokens),
         )
+        return 0
 
     def close_session(self, session: str) -> None:
         """See `Stage.close_session`."""
@@ -169,6 +171,10 @@ class TorchStage:
             raise NonFiniteValues(session=session, position=position, is_received=is_received)
         cache.length = end
         return hidden_to_numpy(x)
+
+    def forward_batch(self, steps: Sequence[Step]) -> list[StepResult]:
+        """See `Stage.forward_batch`."""
+        return forward_each(self, steps)
 
     def _rewind(self, session: str, position: int) -> _Session:
         cache = self._sessions.get(session)

@@ -7,11 +7,14 @@ length before its address is passed on. The C side is described in `abi.h`.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import threading
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint32, c_void_p
-from enum import IntEnum, IntFlag
+from enum import IntFlag
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +22,14 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import KernelFailed, KernelsUnavailable
+from .matrix_type import MatrixType
 
-ABI_VERSION = 1
-TILE = 64  # positions in a tile of the KV cache
+ABI_VERSION = 2
+PAGE_TOKENS = 64  # positions in a page of the KV cache
 ISA_VARIABLE = "COVEY_KERNELS"  # names the instruction set to use in place of the best one
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
-
-
-class MatrixType(IntEnum):
-    """Formats of packed matrices, by their names and numbers in GGUF."""
-
-    F16 = 1
-    Q4_1 = 3
-    Q8_0 = 8
 
 
 class Parts(IntFlag):
@@ -79,28 +75,61 @@ class Shape(Structure):
         ("rope_dim", c_int32),
         ("rope_interleaved", c_int32),
         ("rms_norm_eps", c_float),
+        ("kv_type", c_int32),
     )
 
 
-class Cache(Structure):
-    """`covey_cache`."""
+class Rope(Structure):
+    """`covey_rope`."""
 
-    _fields_ = (("keys", c_void_p), ("values", c_void_p), ("capacity", c_int64))
+    _fields_ = (("cosines", c_void_p), ("sines", c_void_p), ("n_positions", c_int64))
+
+
+class Run(Structure):
+    """`covey_run`."""
+
+    _fields_ = (
+        ("pages", c_void_p),
+        ("n_pages", c_int32),
+        ("n_rows", c_int32),
+        ("position", c_int64),
+    )
+
+
+class PageTable:
+    """The addresses of a session's pages; keeps them alive."""
+
+    def __init__(self, pages: Sequence[Bytes], page_bytes: int) -> None:
+        for page in pages:
+            _check_array(page, np.uint8, (page_bytes,))
+        self.page_bytes = page_bytes
+        self._pages = tuple(pages)
+        self._addresses = (c_void_p * len(pages))(*(page.ctypes.data for page in pages))
+        _require(
+            not any((at or 1) % 64 for at in self._addresses), "pages begin at multiples of 64"
+        )
+        self._address = ctypes.addressof(self._addresses)
+
+    def run(self, position: int, n_rows: int) -> Run:
+        """Rows [position, position + n_rows) of this session; keep the table alive meanwhile."""
+        end = position + n_rows
+        _require(0 <= position < end <= PAGE_TOKENS * len(self._pages), "rows beyond the pages")
+        return Run(self._address, len(self._pages), n_rows, position)
 
 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "covey_abi_version": (c_int32, []),
-    "covey_best_isa": (c_char_p, []),
+    "covey_isa": (c_char_p, [c_int32]),
     "covey_engine_new": (c_void_p, [c_int32]),
     "covey_engine_free": (None, [c_void_p]),
     "covey_packed_bytes": (c_int64, [c_int32] * 3),
     "covey_pack": (c_int32, [c_int32] * 3 + [c_void_p] * 2),
-    "covey_unpack": (c_int32, [c_int32] * 3 + [c_void_p] * 2),
+    "covey_page_bytes": (c_int64, [POINTER(Shape), c_int32]),
     "covey_span_forward": (
         c_int32,
         [
-            *(c_void_p, POINTER(Shape), POINTER(Block), c_int32, POINTER(Cache)),
-            *(c_void_p, c_void_p, c_int64, c_int32, c_void_p, c_uint32),
+            *(c_void_p, POINTER(Shape), POINTER(Block), c_int32, POINTER(Run), c_int32),
+            *(POINTER(Rope), c_void_p, c_uint32),
         ],
     ),
     "covey_embed": (c_int32, [POINTER(Matrix), c_void_p, c_int32, c_void_p]),
@@ -132,10 +161,15 @@ class Library:
             )
 
     @property
+    def isas(self) -> list[str]:
+        """The instruction sets of this CPU that Covey has kernels for, best first."""
+        names: list[bytes] = list(iter(map(self._c.covey_isa, count()).__next__, None))
+        return [name.decode() for name in names]
+
+    @property
     def best_isa(self) -> str:
-        """The best instruction set of this CPU among those that Covey has kernels for."""
-        name: bytes = self._c.covey_best_isa()
-        return name.decode()
+        """The first of `isas`."""
+        return self.isas[0]
 
     def packed_bytes(self, kind: MatrixType, rows: int, columns: int) -> int:
         """Bytes of a packed matrix; ValueError for a shape that cannot be packed."""
@@ -148,16 +182,10 @@ class Library:
 
     def pack(self, kind: MatrixType, rows: int, columns: int, blocks: Bytes, out: Bytes) -> None:
         """Rearrange `blocks`, the rows as GGUF stores them, into `out` of `packed_bytes`."""
-        self._check_packing(kind, rows, columns, blocks, out)
+        _check_array(out, np.uint8, (self.packed_bytes(kind, rows, columns),))
+        _check_array(blocks, np.uint8, (rows * kind.row_bytes(columns),))
         _require(out.flags.writeable, "a packed matrix is written to")
         self._call("covey_pack", kind, rows, columns, blocks.ctypes.data, out.ctypes.data)
-
-    def unpack(self, kind: MatrixType, rows: int, columns: int, packed: Bytes) -> Bytes:
-        """The inverse of `pack`."""
-        out = np.empty(rows * row_bytes(kind, columns), dtype=np.uint8)
-        self._check_packing(kind, rows, columns, out, packed)
-        self._call("covey_unpack", kind, rows, columns, packed.ctypes.data, out.ctypes.data)
-        return out
 
     def embed(self, embedding: Matrix, ids: npt.NDArray[np.int32]) -> Floats:
         """Rows [len(ids), D] of a matrix made by `matrix`; ids must be in range."""
@@ -174,11 +202,11 @@ class Library:
         _require(packed.ctypes.data % 64 == 0, "packed matrices begin at multiples of 64 bytes")
         return Matrix(kind, rows, columns, 0, packed.ctypes.data)
 
-    def _check_packing(
-        self, kind: MatrixType, rows: int, columns: int, blocks: Bytes, packed: Bytes
-    ) -> None:
-        _check_array(packed, np.uint8, (self.packed_bytes(kind, rows, columns),))
-        _check_array(blocks, np.uint8, (rows * row_bytes(kind, columns),))
+    def page_bytes(self, shape: Shape, n_blocks: int) -> int:
+        """Bytes of one page of the KV cache; ValueError for a shape that has no kernel."""
+        n_bytes: int = self._c.covey_page_bytes(shape, n_blocks)
+        _require(n_bytes > 0, "a shape that the kernels do not take")
+        return n_bytes
 
     def _call(self, name: str, *arguments: object) -> None:
         status = getattr(self._c, name)(*arguments)
@@ -207,34 +235,35 @@ class Engine:
         self,
         shape: Shape,
         blocks: ctypes.Array[Block],
-        cache: Cache,
+        runs: Sequence[tuple[PageTable, int, int]],
         angles: tuple[Floats, Floats],
-        position: int,
         hidden: Floats,
         parts: Parts = Parts.BLOCK,
     ) -> None:
-        """Run `blocks` on hidden [n_rows, D] in place.
+        """Run `blocks` on hidden [n_rows, D] in place, all rows in one pass over the weights.
 
         Args:
             shape: of every block.
             blocks: whose matrices are alive.
-            cache: of as many blocks, heads and positions as `cache_arrays` made it for.
-            angles: cosines and sines [n_rows, rope_dim/2] of the rows' positions.
-            position: of the first row.
+            runs: (pages, position, n_rows) of sessions, each another one, in the order of their
+                rows; pages of `Library.page_bytes` of this shape and as many blocks.
+            angles: cosines and sines [n_positions, rope_dim/2] from position 0 on.
             hidden: float32, contiguous, writable.
             parts: which half, or both.
         """
-        n_rows = len(hidden)
+        n_rows = sum(run[2] for run in runs)
         _check_array(hidden, np.float32, (n_rows, shape.hidden_size))
         _require(hidden.flags.writeable and n_rows > 0, "hidden states are written to")
         for table in angles:
-            _check_array(table, np.float32, (n_rows, shape.rope_dim // 2))
-        _require(0 <= position <= cache.capacity - n_rows, "positions beyond the cache")
+            _check_array(table, np.float32, (len(angles[0]), shape.rope_dim // 2))
+        page_bytes = self.library.page_bytes(shape, len(blocks))
+        _require(all(run[0].page_bytes == page_bytes for run in runs), "pages of another shape")
+        described = (Run * len(runs))(*(table.run(at, n) for table, at, n in runs))
+        rope = Rope(angles[0].ctypes.data, angles[1].ctypes.data, len(angles[0]))
         self._call(
             "covey_span_forward",
-            *(shape, blocks, len(blocks), cache),
-            *(angles[0].ctypes.data, angles[1].ctypes.data, position, n_rows),
-            *(hidden.ctypes.data, int(parts)),
+            *(shape, blocks, len(blocks), described, len(runs)),
+            *(rope, hidden.ctypes.data, int(parts)),
         )
 
     def head_logits(self, output: Matrix, norm: Floats, eps: float, hidden: Floats) -> Floats:
@@ -269,25 +298,9 @@ class Engine:
             self._handle = None
 
 
-def cache_arrays(
-    n_blocks: int, n_kv_heads: int, head_dim: int, n_tokens: int
-) -> tuple[Cache, npt.NDArray[np.uint16], npt.NDArray[np.uint16]]:
-    """Zeroed fp16 keys and values for `n_tokens` positions, rounded up to whole tiles.
-
-    The caller keeps both arrays alive as long as the `Cache`.
-    """
-    capacity = -(-n_tokens // TILE) * TILE
-    keys = np.zeros((n_blocks, n_kv_heads, capacity // TILE, head_dim, TILE), dtype=np.uint16)
-    values = np.zeros((n_blocks, n_kv_heads, capacity, head_dim), dtype=np.uint16)
-    return Cache(keys.ctypes.data, values.ctypes.data, capacity), keys, values
-
-
-def row_bytes(kind: MatrixType, columns: int) -> int:
-    """Bytes of one row as GGUF stores it."""
-    return columns * 2 if kind is MatrixType.F16 else columns // 32 * _BLOCK_BYTES[kind]
-
-
-_BLOCK_BYTES = {MatrixType.Q4_1: 20, MatrixType.Q8_0: 34}
+def page_memory(n_bytes: int) -> Bytes:
+    """Zeros that take physical memory only where they are written to; freed with the array."""
+    return np.frombuffer(mmap.mmap(-1, n_bytes), dtype=np.uint8)
 
 
 @cache
@@ -299,21 +312,26 @@ def load_library(isa: str | None = None) -> Library:
     """
     portable = Library("portable", _path("portable"))
     wanted = isa or os.environ.get(ISA_VARIABLE) or None
-    best = portable.best_isa
     if wanted is None:
-        try:
-            return portable if best == "portable" else Library(best, _path(best))
-        except KernelsUnavailable:
-            return portable
-    if wanted == "portable":
-        return portable
-    if wanted != best:
-        raise KernelsUnavailable(f"this CPU runs {best} or portable kernels, not {wanted!r}")
-    return Library(wanted, _path(wanted))
+        wanted = next(isa for isa in portable.isas if _is_built(isa))
+    if wanted not in portable.isas:
+        raise KernelsUnavailable(
+            f"no {wanted!r} kernels for this CPU; it runs {', '.join(portable.isas)}"
+        )
+    return portable if wanted == "portable" else Library(wanted, _path(wanted))
+
+
+def usable_isas() -> list[str]:
+    """The instruction sets that `load_library` can be asked for, best first."""
+    return [isa for isa in load_library("portable").isas if _is_built(isa)]
+
+
+def _is_built(isa: str) -> bool:
+    return any(Path(__file__).parent.glob(f"_{isa}.*so"))
 
 
 def _path(isa: str) -> Path:
-    found = sorted(Path(__file__).parent.glob(f"_{isa}*.so"))
+    found = sorted(Path(__file__).parent.glob(f"_{isa}.*so"))
     if not found:
         raise KernelsUnavailable(f"no {isa} kernels were built; install with a C++ compiler")
     return found[0]

@@ -77,3 +77,7 @@ class NativeHead:
         check_hidden(hidden, self.dtype, self._config.hidden_size)
         rows = np.ascontiguousarray(hidden)
         return self._engine.head_logits(self._output, self._norm, self._config.rms_norm_eps, rows)
+
+    def logits_of_each(self, rows: Sequence[HiddenStates]) -> Sequence[npt.NDArray[np.float32]]:
+        """See `Head.logits_of_each`; the matrix is read once for all."""
+        return list(self.logits(rows[0] if len(rows) == 1 else np.concatenate(rows)))

@@ -1,7 +1,8 @@
 """A span of Llama-type blocks on the native kernels: the fast `Stage`.
 
-The file's own quantised weights, activations as bytes, an fp16 KV cache. Unlike the torch stage's,
-its results do not depend on threads, on the chunking of the prompt or on the instruction set.
+The file's own quantised weights, activations as bytes, a paged KV cache that sessions with the same
+beginning share. Unlike the torch stage's, its results do not depend on threads, on the chunking of
+the prompt, on what else is in a batch, on shared pages or on the instruction set.
 """
 
 from __future__ import annotations
@@ -11,20 +12,28 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from covey.node.engine.errors import CacheOverflow, NonFiniteValues, PositionGap, UnknownSession
+from covey.node.engine.errors import (
+    CacheFull,
+    CacheOverflow,
+    EngineError,
+    NonFiniteValues,
+    PositionGap,
+    UnknownSession,
+)
 from covey.node.engine.rope import RopeTable
-from covey.node.engine.stage import Stage
+from covey.node.engine.stage import Step, StepResult
 from covey.node.engine.tensors import EngineDtype, HiddenStates, check_hidden
 from covey.node.model.checkpoint import Checkpoint
 from covey.node.model.config import ModelConfig
 from covey.node.model.errors import UnsupportedModel
 
-from .library import Block, Cache, Engine, Shape, cache_arrays, load_library
+from .library import PAGE_TOKENS, Block, Bytes, Engine, PageTable, Shape, load_library, page_memory
 from .packed import PackedBlock, pack_block
+from .pages import PagePool, SessionPages
 
-_CACHE_ITEMSIZE = 2  # fp16
+KV_ITEMSIZE = 2  # fp16
+KEPT_BYTES = 2**28  # of pages that no session holds, unless the caller says otherwise
 
 
 def load_native_stage(
@@ -34,7 +43,10 @@ def load_native_stage(
     on_block: Callable[[int, int], None] | None = None,
     *,
     engine: Engine | None = None,
-) -> Stage:
+    kv_bytes: int | None = None,
+    kept_bytes: int = KEPT_BYTES,
+    verify: bool = False,
+) -> NativeStage:
     """Read and pack the blocks of `span`, and nothing else of the model.
 
     Args:
@@ -43,34 +55,40 @@ def load_native_stage(
         threads: that `forward` uses, its caller's included; not looked at with `engine`.
         on_block: told (blocks loaded, blocks in all) after each.
         engine: to share with a head or another stage; by default one of its own.
+        kv_bytes: of KV cache in all; by default sessions get what they ask for.
+        kept_bytes: of it, what ended sessions may leave behind for others that begin alike.
+        verify: hash each block first, against `checkpoint.blobs()`.
 
     Raises:
         ValueError: not a span of this model.
         KernelsUnavailable: no library.
         UnsupportedModel: a shape or tensor type that the kernels do not have; torch may.
-        CorruptModel: a weight's scale is NaN or infinite.
+        CorruptModel: a weight's scale is NaN or infinite, or with `verify` a block is not what
+            `checkpoint.blobs` says.
     """
     start, end = span
     if not 0 <= start < end <= checkpoint.config.n_blocks:
         raise ValueError(f"span {span} of a model of {checkpoint.config.n_blocks} blocks")
     engine = engine or Engine(load_library(), threads)
-    shape = _shape(checkpoint.config)
+    shape = kernel_shape(checkpoint.config)
     blocks = []
     for block_idx in range(start, end):
+        if verify:
+            checkpoint.verify_block(block_idx)
         blocks.append(pack_block(engine.library, checkpoint, block_idx))
         if on_block:
             on_block(len(blocks), end - start)
-    return NativeStage(checkpoint.config, span, shape, blocks, engine)
+    return NativeStage(
+        checkpoint.config, span, shape, blocks, engine, kv_bytes=kv_bytes, kept_bytes=kept_bytes
+    )
 
 
 @dataclass(slots=True)
 class _Session:
-    """KV cache of which the first `length` positions are filled; the arrays own its memory."""
+    """A session's pages and, as the kernels take them, their addresses."""
 
-    cache: Cache
-    arrays: tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint16]]
-    capacity: int  # what was asked for; the cache has room for whole tiles
-    length: int = 0
+    pages: SessionPages[Bytes]
+    table: PageTable
 
 
 class NativeStage:
@@ -83,12 +101,14 @@ class NativeStage:
         shape: Shape,
         blocks: Sequence[PackedBlock],
         engine: Engine,
+        *,
+        kv_bytes: int | None,
+        kept_bytes: int,
     ) -> None:
         self.span = span
         self.dtype: EngineDtype = "fp32"
         self.hidden_size = config.hidden_size
         self.weight_bytes = sum(block.buffer.nbytes for block in blocks)
-        self.kv_bytes_per_token = config.kv_bytes_per_token(len(blocks), _CACHE_ITEMSIZE)
         self._config = config
         self._shape = shape
         self._blocks = blocks  # keeps alive what `_described` points to
@@ -96,56 +116,128 @@ class NativeStage:
         self._described: ctypes.Array[Block] = (Block * len(blocks))(*described)
         self._engine = engine
         self._rope = RopeTable(config)
+        self._page_bytes = engine.library.page_bytes(shape, len(blocks))
+        self.kv_bytes_per_token = self._page_bytes // PAGE_TOKENS
+        self._pool: PagePool[Bytes] = PagePool(
+            page_bytes=self._page_bytes,
+            make=self._new_page,
+            copy=_copy,
+            limit_bytes=kv_bytes,
+            kept_bytes=kept_bytes,
+        )
         self._sessions: dict[str, _Session] = {}
 
-    def open_session(self, session: str, n_tokens: int) -> None:
+    @property
+    def memory_bytes(self) -> int:
+        """Memory that pages of the KV cache take now, of open sessions and kept for others."""
+        return self._pool.memory_bytes
+
+    def open_session(self, session: str, n_tokens: int, prefix: Sequence[bytes] = ()) -> int:
         """See `Stage.open_session`."""
         if n_tokens < 1:
             raise ValueError(f"n_tokens = {n_tokens}")
-        config = self._config
-        if n_tokens > config.context_length:
+        if n_tokens > self._config.context_length:
             raise CacheOverflow(
-                session=session, needed_tokens=n_tokens, capacity_tokens=config.context_length
+                session=session,
+                needed_tokens=n_tokens,
+                capacity_tokens=self._config.context_length,
             )
-        self._sessions.pop(session, None)  # before the new one is made, not after
-        cache, *arrays = cache_arrays(
-            len(self._blocks), config.n_kv_heads, config.head_dim, n_tokens
-        )
-        self._sessions[session] = _Session(cache, (arrays[0], arrays[1]), n_tokens)
+        self.close_session(session)  # before the new one is made, not after
+        pages = self._pool.open(n_tokens, prefix)
+        self._sessions[session] = _Session(pages, self._addresses(pages))
+        return pages.length
 
     def close_session(self, session: str) -> None:
         """See `Stage.close_session`."""
-        self._sessions.pop(session, None)
+        held = self._sessions.pop(session, None)
+        if held is not None:
+            self._pool.close(held.pages)
 
     def forward(self, session: str, position: int, hidden: HiddenStates) -> HiddenStates:
         """See `Stage.forward`."""
-        check_hidden(hidden, self.dtype, self.hidden_size)
-        held = self._rewind(session, position)
-        end = position + len(hidden)
-        if end > held.capacity:
-            raise CacheOverflow(session=session, needed_tokens=end, capacity_tokens=held.capacity)
-        cosines, sines = (table[position:end] for table in self._rope.upto(end))
-        out = np.array(hidden, dtype=np.float32, order="C")
-        self._engine.span_forward(
-            self._shape, self._described, held.cache, (cosines, sines), position, out
-        )
-        if not np.isfinite(out).all():
-            is_received = not bool(np.isfinite(hidden).all())
-            raise NonFiniteValues(session=session, position=position, is_received=is_received)
-        held.length = end
-        return out
+        result = self.forward_batch([Step(session, position, hidden)])[0]
+        if isinstance(result, EngineError):
+            raise result
+        return result
 
-    def _rewind(self, session: str, position: int) -> _Session:
-        held = self._sessions.get(session)
+    def forward_batch(self, steps: Sequence[Step]) -> list[StepResult]:
+        """See `Stage.forward_batch`."""
+        results: dict[int, StepResult] = {}
+        waiting = list(enumerate(steps))
+        while waiting:
+            # Of each session the first; those behind it need its rows.
+            first = {step.session: (i, step) for i, step in reversed(waiting)}
+            self._forward_together(dict(first.values()), results)
+            waiting = [(i, step) for i, step in waiting if i not in results]
+        return [results[i] for i in range(len(steps))]
+
+    def _forward_together(self, steps: dict[int, Step], results: dict[int, StepResult]) -> None:
+        """Put the results of these steps, one for a session, into `results`."""
+        ready: dict[int, tuple[Step, _Session]] = {}
+        for i, step in steps.items():
+            try:
+                ready[i] = (step, self._prepare(step))
+            except EngineError as error:
+                results[i] = error
+        if not ready:
+            return
+        rows = [step.hidden for step, _ in ready.values()]
+        out = (
+            np.array(rows[0], dtype=np.float32, order="C")
+            if len(rows) == 1
+            else np.concatenate(rows)
+        )
+        runs = [(held.table, step.position, len(step.hidden)) for step, held in ready.values()]
+        end = max(position + n_rows for _, position, n_rows in runs)
+        self._engine.span_forward(self._shape, self._described, runs, self._rope.upto(end), out)
+        at = 0
+        for i, (step, held) in ready.items():
+            results[i] = self._finish(step, held, out[at : at + len(step.hidden)])
+            at += len(step.hidden)
+
+    def _prepare(self, step: Step) -> _Session:
+        """Check a step and make its positions writable."""
+        check_hidden(step.hidden, self.dtype, self.hidden_size)
+        held = self._sessions.get(step.session)
         if held is None:
-            raise UnknownSession(session)
-        if not 0 <= position <= held.length:
-            raise PositionGap(session=session, position=position, length=held.length)
-        held.length = position
+            raise UnknownSession(step.session)
+        pages, end = held.pages, step.position + len(step.hidden)
+        if not 0 <= step.position <= pages.length:
+            raise PositionGap(session=step.session, position=step.position, length=pages.length)
+        self._pool.rewind(pages, step.position)
+        if end > pages.capacity:
+            raise CacheOverflow(
+                session=step.session, needed_tokens=end, capacity_tokens=pages.capacity
+            )
+        if self._pool.prepare(pages, end):
+            held.table = self._addresses(pages)
         return held
 
+    def _finish(self, step: Step, held: _Session, out: HiddenStates) -> StepResult:
+        if not np.isfinite(out).all():
+            is_received = not bool(np.isfinite(step.hidden).all())
+            return NonFiniteValues(
+                session=step.session, position=step.position, is_received=is_received
+            )
+        if self._pool.advance(held.pages, step.position + len(out)):
+            held.table = self._addresses(held.pages)
+        return out
 
-def _shape(config: ModelConfig) -> Shape:
+    def _addresses(self, pages: SessionPages[Bytes]) -> PageTable:
+        return PageTable([page.memory for page in pages.table], self._page_bytes)
+
+    def _new_page(self) -> Bytes:
+        try:
+            return page_memory(self._page_bytes)
+        except OSError as error:
+            raise CacheFull(needed_bytes=self._page_bytes, free_bytes=0) from error
+
+
+def _copy(source: Bytes, target: Bytes) -> None:
+    target[:] = source
+
+
+def kernel_shape(config: ModelConfig) -> Shape:
     """The kernels' view of a configuration.
 
     Raises:
@@ -165,4 +257,5 @@ def _shape(config: ModelConfig) -> Shape:
         config.rope_dim,
         int(config.rope_interleaved),
         config.rms_norm_eps,
+        0,
     )

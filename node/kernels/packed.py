@@ -15,7 +15,8 @@ from covey.node.model.checkpoint import Checkpoint
 from covey.node.model.errors import CorruptModel, UnsupportedModel
 from covey.node.model.tensor_source import TensorInfo, to_float32
 
-from .library import Block, Bytes, Floats, Library, Matrix, MatrixType, row_bytes
+from .library import Block, Bytes, Floats, Library, Matrix
+from .matrix_type import MatrixType
 
 ALIGNMENT = 64
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -63,9 +64,7 @@ def pack_block(library: Library, checkpoint: Checkpoint, block_idx: int) -> Pack
     """
     names = checkpoint.block_tensors(block_idx)
     infos = {field: checkpoint.source.tensors[name] for field, name in names.items()}
-    sizes = {field: packed_size(library, infos[field]) for field in MATRICES}
-    sizes |= {field: 4 * infos[field].shape[0] for field in NORMS}
-    parts = _aligned_parts(sizes)
+    parts = _aligned_parts(_part_sizes(library, infos))
     matrices = {
         field: pack_matrix(library, checkpoint, infos[field], parts[field]) for field in MATRICES
     }
@@ -84,7 +83,13 @@ def pack_matrix(
     if out is None:
         out = _aligned_parts({"matrix": packed_size(library, info)})["matrix"]
     blocks = np.frombuffer(checkpoint.source.raw(info.name), dtype=np.uint8)
-    _check_scales(checkpoint, info, kind, blocks)
+    bad = kind.first_not_finite(blocks)
+    if bad is not None:
+        raise CorruptModel(
+            checkpoint.path,
+            info.name,
+            f"expected finite numbers in the block at byte {info.offset + bad}",
+        )
     library.pack(kind, rows, columns, blocks, out)
     return PackedMatrix(kind, rows, columns, out)
 
@@ -109,12 +114,29 @@ def matrix_type(info: TensorInfo) -> MatrixType:
 def packed_size(library: Library, info: TensorInfo) -> int:
     """Bytes that a tensor takes when packed; raises UnsupportedModel."""
     kind = matrix_type(info)
-    if len(info.shape) != 2 or info.shape[1] % 32:
+    multiple = max(kind.block_columns, 32)
+    if len(info.shape) != 2 or info.shape[1] % multiple:
         raise UnsupportedModel(
-            f"shape {list(info.shape)} of tensor {info.name!r} in the native engine",
-            ("[rows, a multiple of 32]",),
+            f"shape {list(info.shape)} of {kind.name} tensor {info.name!r} in the native engine",
+            (f"[rows, a multiple of {multiple}]",),
         )
     return library.packed_bytes(kind, *info.shape)
+
+
+def packed_block_bytes(library: Library, checkpoint: Checkpoint, block_idx: int) -> int:
+    """Bytes that a block takes when packed; raises UnsupportedModel."""
+    names = checkpoint.block_tensors(block_idx)
+    infos = {field: checkpoint.source.tensors[name] for field, name in names.items()}
+    return _end_of(_part_sizes(library, infos))
+
+
+def _part_sizes(library: Library, infos: Mapping[str, TensorInfo]) -> dict[str, int]:
+    sizes = {field: packed_size(library, infos[field]) for field in MATRICES}
+    return sizes | {field: 4 * infos[field].shape[0] for field in NORMS}
+
+
+def _end_of(sizes: Mapping[str, int]) -> int:
+    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes.values())
 
 
 def _aligned_parts(sizes: Mapping[str, int]) -> dict[str, Bytes]:
@@ -127,19 +149,3 @@ def _aligned_parts(sizes: Mapping[str, int]) -> dict[str, Bytes]:
     first = -memory.ctypes.data % ALIGNMENT
     buffer = memory[first : first + end]
     return {"": buffer} | {name: buffer[at : at + sizes[name]] for name, at in starts.items()}
-
-
-def _check_scales(
-    checkpoint: Checkpoint, info: TensorInfo, kind: MatrixType, blocks: Bytes
-) -> None:
-    """Refuse infinite and NaN fp16 numbers: all of an F16 matrix, else each block's first ones."""
-    n_halves = {MatrixType.Q4_1: 2, MatrixType.Q8_0: 1}.get(kind, 16)
-    per_block = row_bytes(kind, 32) if kind is not MatrixType.F16 else 32
-    halves = blocks.reshape(-1, per_block)[:, : 2 * n_halves]
-    bits = np.ascontiguousarray(halves).view("<u2")
-    bad = np.flatnonzero(((bits & 0x7C00) == 0x7C00).any(axis=1))
-    if len(bad):
-        at = info.offset + int(bad[0]) * per_block
-        raise CorruptModel(
-            checkpoint.path, info.name, f"expected finite numbers in the block at byte {at}"
-        )

@@ -16,8 +16,8 @@ import numpy as np
 
 from covey.node.engine.errors import UnknownSession
 from covey.node.engine.lease import LeaseTable
-from covey.node.engine.stage import Stage
-from covey.node.engine.tensors import EngineDtype, HiddenStates
+from covey.node.engine.stage import Stage, Step, StepResult, forward_each
+from covey.node.engine.tensors import EngineDtype, EngineKind, HiddenStates
 from covey.node.pipeline import Pipelines
 from covey.node.route import Route
 from covey.node.serving import LEASE_TTL_S, LoadedStage, StageServer
@@ -90,15 +90,19 @@ class AddingStage:
         self.open: dict[str, int] = {}
         self.error: BaseException | None = None  # raised by the next call but for `close_session`
 
-    def open_session(self, session: str, n_tokens: int) -> None:
+    def open_session(self, session: str, n_tokens: int, prefix: Sequence[bytes] = ()) -> int:
         self._note("open", session, 0, n_tokens)
         self.open[session] = n_tokens
+        return 0
 
     def forward(self, session: str, position: int, hidden: HiddenStates) -> HiddenStates:
         self._note("forward", session, position, len(hidden))
         if session not in self.open:
             raise UnknownSession(session)
         return hidden + np.float32(1) if self.dtype == "fp32" else hidden.copy()
+
+    def forward_batch(self, steps: Sequence[Step]) -> list[StepResult]:
+        return forward_each(self, steps)
 
     def close_session(self, session: str) -> None:
         self.calls.append(("close", session, 0, 0))
@@ -151,6 +155,10 @@ class InlineWorker(Worker):
         for call in now:
             call()
 
+    @property
+    def is_idle(self) -> bool:
+        return False  # so that nothing goes past `waiting`
+
     def close(self, timeout_s: float = 5.0) -> None:
         self._is_closed = True
 
@@ -181,9 +189,7 @@ class CoreNode:
             capacity_bytes=capacity_tokens * engine.kv_bytes_per_token,
             ttl_s=LEASE_TTL_S,
         )
-        stage = LoadedStage(route, route.peers.index(self.peer_id), engine, leases)
-        self.server.add(stage)
-        return stage
+        return self.server.add(route, route.peers.index(self.peer_id), engine, leases)
 
     def attach(self, link: MemoryLink) -> None:
         peer = Peer(link, self.switch.receive, clock=self.clock)
@@ -238,7 +244,7 @@ class Net:
 def route_of(
     *peer_ids: str,
     codec: str = "exact",
-    dtype: EngineDtype = "fp32",
+    engine: EngineKind = "fp32",
     spans: Sequence[tuple[int, int]] | None = None,
     epoch: int = 3,
     model_digest: str = MODEL_DIGEST,
@@ -261,7 +267,7 @@ def route_of(
             model_digest=model_digest,
             epoch=epoch,
             proposer=peer_ids[0],
-            dtype=dtype,
+            engine=engine,
             codec=codec,
         )
     )

@@ -44,7 +44,7 @@ def device(
     return DeviceProfile(
         peer_id=peer_id,
         model_digest=MODEL,
-        dtype="fp32",
+        engine="fp32",
         decode_s_per_block=decode_s,
         prefill_s_per_token_per_block=prefill_s,
         head_s=head_s,
@@ -81,6 +81,6 @@ def plan(
         model_digest=MODEL,
         epoch=epoch,
         proposer=proposer or made[0].hub,
-        dtype="fp32",
+        engine="fp32",
         index_pattern=index_pattern,
     )

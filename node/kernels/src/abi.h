@@ -1,10 +1,11 @@
 /* The C ABI of Covey's kernels: a span of decoder blocks, or half a block, in one call.
  *
  * One shared library per instruction set exports these functions. Callers check every pointer and
- * length (python/packed.py, python/native_stage.py); the library checks again that shapes fit each
+ * length (packed.py, library.py); the library checks again that shapes fit each
  * other, and trusts that buffers are as long as those shapes say. An engine serves one caller
  * thread at a time. Results do not depend on the number of threads, on how rows are grouped into
- * calls, or on the instruction set: every float operation and its order is fixed (simd.h).
+ * calls and batches, on where pages lie, or on the instruction set: every float operation and its
+ * order is fixed (simd.h).
  */
 #ifndef COVEY_KERNELS_ABI_H
 #define COVEY_KERNELS_ABI_H
@@ -21,10 +22,25 @@
 extern "C" {
 #endif
 
-#define COVEY_ABI_VERSION 1
+#define COVEY_ABI_VERSION 2
 
 /* Matrix formats, by their numbers in GGUF. */
-enum { COVEY_F16 = 1, COVEY_Q4_1 = 3, COVEY_Q8_0 = 8 };
+enum {
+    COVEY_F32 = 0,
+    COVEY_F16 = 1,
+    COVEY_Q4_0 = 2,
+    COVEY_Q4_1 = 3,
+    COVEY_Q5_0 = 6,
+    COVEY_Q5_1 = 7,
+    COVEY_Q8_0 = 8,
+    COVEY_Q2_K = 10,
+    COVEY_Q3_K = 11,
+    COVEY_Q4_K = 12,
+    COVEY_Q5_K = 13,
+    COVEY_Q6_K = 14,
+    COVEY_IQ4_NL = 20,
+    COVEY_BF16 = 30
+};
 
 /* What of a block to run. PARTIAL leaves the residual out: hidden becomes the half's own
  * contribution, which is what a tensor-parallel group adds up; with exactly one half. */
@@ -32,15 +48,18 @@ enum { COVEY_ATTENTION = 1, COVEY_MLP = 2, COVEY_PARTIAL = 4 };
 
 enum { COVEY_OK = 0, COVEY_INVALID = 1, COVEY_NO_MEMORY = 2 };
 
-/* Positions in one tile of the KV cache; its capacity is a multiple of it. */
+/* Positions in one page of the KV cache. */
 enum { COVEY_TILE = 64 };
+
+/* Keys and values as halves, or as bytes with one float scale per position, KV head and kind. */
+enum { COVEY_KV_FP16 = 0, COVEY_KV_INT8 = 1 };
 
 typedef struct covey_engine covey_engine; /* threads and scratch memory */
 
 typedef struct {
     int32_t type;
     int32_t rows;
-    int32_t columns; /* a multiple of 32 */
+    int32_t columns; /* a multiple of 32; of 256 for the types with a K */
     int32_t reserved;
     const uint8_t* data; /* packed by covey_pack, aligned to 64 bytes */
 } covey_matrix;
@@ -60,20 +79,31 @@ typedef struct {
     int32_t rope_dim; /* leading dimensions of a head that are rotated; even */
     int32_t rope_interleaved;
     float rms_norm_eps;
+    int32_t kv_type; /* COVEY_KV_FP16 or COVEY_KV_INT8 */
 } covey_shape;
 
-/* One session's keys and values, fp16: keys [n_blocks][n_kv_heads][capacity/64][head_dim][64],
- * values [n_blocks][n_kv_heads][capacity][head_dim]. */
+/* Cosines and sines [n_positions][rope_dim/2] from position 0 on. */
 typedef struct {
-    uint16_t* keys;
-    uint16_t* values;
-    int64_t capacity; /* positions, a multiple of COVEY_TILE */
-} covey_cache;
+    const float* cosines;
+    const float* sines;
+    int64_t n_positions;
+} covey_rope;
+
+/* Consecutive rows of one session. Page i holds positions [64 i, 64 (i + 1)) of every block of the
+ * span, covey_page_bytes long and aligned to 64; attention_cache.h says how. Pages before that of
+ * `position` are only read, so sessions may share them. */
+typedef struct {
+    uint8_t* const* pages;
+    int32_t n_pages;
+    int32_t n_rows;
+    int64_t position; /* of the first row */
+} covey_run;
 
 COVEY_EXPORT int32_t covey_abi_version(void);
 
-/* The best instruction set of this CPU that a library exists for: "avx512vnni" or "portable". */
-COVEY_EXPORT const char* covey_best_isa(void);
+/* The instruction sets with libraries of their own that this CPU can run, best first: their names by
+ * index, then NULL. The last is "portable", which every CPU of its kind runs. */
+COVEY_EXPORT const char* covey_isa(int32_t index);
 
 /* NULL if threads cannot be started. n_threads counts the caller. */
 COVEY_EXPORT covey_engine* covey_engine_new(int32_t n_threads);
@@ -82,19 +112,20 @@ COVEY_EXPORT void covey_engine_free(covey_engine* engine);
 /* Bytes of a packed matrix (rows rounded up to 16); -1 for a type or shape that is not supported. */
 COVEY_EXPORT int64_t covey_packed_bytes(int32_t type, int32_t rows, int32_t columns);
 
-/* Rows of GGUF blocks -> packed, and back; the same bits in another order. */
+/* Rows of GGUF blocks -> packed; the same bits in another order. */
 COVEY_EXPORT int32_t covey_pack(int32_t type, int32_t rows, int32_t columns, const uint8_t* blocks,
                                 uint8_t* packed);
-COVEY_EXPORT int32_t covey_unpack(int32_t type, int32_t rows, int32_t columns,
-                                  const uint8_t* packed, uint8_t* blocks);
 
-/* Run `parts` of each block on rows [position, position + n_rows) of a session, in place.
- * hidden [n_rows][hidden_size]; cosines and sines [n_rows][rope_dim/2] of those positions. */
+/* Bytes of one page of a span of n_blocks blocks; -1 for a shape that is not supported. */
+COVEY_EXPORT int64_t covey_page_bytes(const covey_shape* shape, int32_t n_blocks);
+
+/* Run `parts` of each block on the rows of all runs, in place: hidden [rows of run 0, rows of run
+ * 1, ...][hidden_size]. Every run is of another session, and each result is the same as that of
+ * the run alone. */
 COVEY_EXPORT int32_t covey_span_forward(covey_engine* engine, const covey_shape* shape,
                                         const covey_block* blocks, int32_t n_blocks,
-                                        const covey_cache* cache, const float* cosines,
-                                        const float* sines, int64_t position, int32_t n_rows,
-                                        float* hidden, uint32_t parts);
+                                        const covey_run* runs, int32_t n_runs,
+                                        const covey_rope* rope, float* hidden, uint32_t parts);
 
 /* Rows `ids` of an embedding matrix [V][D], decoded to hidden [n_ids][D]. */
 COVEY_EXPORT int32_t covey_embed(const covey_matrix* embedding, const int32_t* ids, int32_t n_ids,

@@ -9,26 +9,6 @@ namespace {
 // Below it 127 / largest would overflow; such a block counts as zero.
 constexpr float kSmallestBlock = 1e-30f;
 
-// Bits of the largest magnitude; those of a NaN are larger than any other's.
-uint32_t largest_magnitude(const float* x) {
-    constexpr uint32_t kNoSign = 0x7FFFFFFF;
-#ifdef COVEY_SIMD_AVX512
-    const __m512i mask = _mm512_set1_epi32(kNoSign);
-    const __m512i low = _mm512_and_si512(_mm512_loadu_si512(x), mask);
-    const __m512i high = _mm512_and_si512(_mm512_loadu_si512(x + kLanes), mask);
-    return _mm512_reduce_max_epu32(_mm512_max_epu32(low, high));
-#else
-    uint32_t largest = 0;
-    for (int i = 0; i < kBlockColumns; i++) {
-        uint32_t bits;
-        std::memcpy(&bits, x + i, sizeof bits);
-        bits &= kNoSign;
-        largest = bits > largest ? bits : largest;
-    }
-    return largest;
-#endif
-}
-
 // x without the last two bits of its fraction, so that 1.5 * 2^23 * x is exact.
 float with_short_fraction(float x) {
     uint32_t bits;
@@ -36,30 +16,6 @@ float with_short_fraction(float x) {
     bits &= ~uint32_t{3};
     std::memcpy(&x, &bits, sizeof bits);
     return x;
-}
-
-// Bytes round(x * inverse); returns their sum.
-int32_t round_to_bytes(const float* x, float inverse, int8_t* bytes) {
-#ifdef COVEY_SIMD_AVX512
-    const __m512 factor = _mm512_set1_ps(inverse);
-    const __m512i low = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), factor));
-    const __m512i high = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + 16), factor));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes), _mm512_cvtepi32_epi8(low));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + 16), _mm512_cvtepi32_epi8(high));
-    return _mm512_reduce_add_epi32(_mm512_add_epi32(low, high));
-#else
-    int32_t total = 0;
-    for (int i = 0; i < kBlockColumns; i++) {
-        // Adding 1.5 * 2^23 rounds to the nearest whole number, which is then in the low bits.
-        const float biased = x[i] * inverse + kWholeBias;
-        int32_t bits;
-        std::memcpy(&bits, &biased, sizeof bits);
-        const int32_t whole = bits - kWholeBiasBits;
-        bytes[i] = static_cast<int8_t>(whole);
-        total += whole;
-    }
-    return total;
-#endif
 }
 
 }  // namespace
@@ -71,6 +27,7 @@ void Activations::resize(int rows, int width) {
     values = value_memory_.reserve(n);
     bytes = byte_memory_.reserve(n);
     factors = factor_memory_.reserve(n / kBlockColumns * Factors::kCount);
+    half_factors = half_memory_.reserve(n / kBlockColumns * HalfFactors::kCount);
 }
 
 Activations::Place Activations::place(int i, int first_block) const {
@@ -89,25 +46,33 @@ void Activations::quantize_blocks(int i, int first_block, int n_blocks) {
     const float* x = row(i) + first_block * kBlockColumns;
     int8_t* out = bytes + (block + lane) * kBlockColumns;
     float* factor = factors + block * Factors::kCount + lane;
+    float* half = half_factors + block * HalfFactors::kCount + lane;
     for (int b = 0; b < n_blocks; b++) {
         const uint32_t bits = largest_magnitude(x);
         float largest;
         std::memcpy(&largest, &bits, sizeof largest);
         float scale = 0.0f;
-        int32_t total = 0;
+        HalfSums sums{0, 0};
         if (std::isfinite(largest) && largest >= kSmallestBlock) {
             scale = with_short_fraction(largest / 127.0f);
-            total = round_to_bytes(x, 127.0f / largest, out);
+            sums = round_to_bytes(x, 127.0f / largest, out);
         } else {
             if (!std::isfinite(largest)) scale = NAN;
             std::memset(out, 0, kBlockColumns);
         }
         factor[Factors::kScale * width] = scale;
         factor[Factors::kOffset * width] = -kWholeBias * scale;
-        factor[Factors::kSum * width] = scale * static_cast<float>(total);
+        const int32_t sum = sums.first + sums.second;
+        factor[Factors::kSum * width] = scale * static_cast<float>(sum);
+        factor[Factors::kStart * width] = centred_start(sum);
+        half[HalfFactors::kSum * width] = scale * static_cast<float>(sums.first);
+        half[(HalfFactors::kSum + 1) * width] = scale * static_cast<float>(sums.second);
+        half[HalfFactors::kStart * width] = centred_start(sums.first);
+        half[(HalfFactors::kStart + 1) * width] = centred_start(sums.second);
         x += kBlockColumns;
         out += width * kBlockColumns;
         factor += width * Factors::kCount;
+        half += width * HalfFactors::kCount;
     }
 }
 

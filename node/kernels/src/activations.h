@@ -9,11 +9,9 @@
 
 namespace covey {
 
-// Rows are multiplied in panels of 12, 8, 4, 2 or 1 of them: 12 running totals and 12 dot products
-// fill the registers of AVX-512, and 12 independent chains hide the latency of the products.
-constexpr int kPanelRows = 12;
-
-inline int panel_rows(int n_rows_left) {
+// Rows are multiplied in panels, of as many as the registers hold sums for: kPanelRows of them, and
+// what is left in powers of two.
+constexpr int panel_rows(int n_rows_left) {
     if (n_rows_left >= kPanelRows) return kPanelRows;
     int width = 8;
     while (width > n_rows_left) width /= 2;
@@ -22,21 +20,28 @@ inline int panel_rows(int n_rows_left) {
 
 // What a block's integer dot product is multiplied with; one array of each per panel and block.
 struct Factors {
-    static constexpr int kCount = 3;
+    static constexpr int kCount = 4;
     // scale; -1.5 * 2^23 * scale, exact, see `dot.h`; scale * sum of the bytes, which a weight's
-    // minimum is multiplied by.
-    enum { kScale, kOffset, kSum };
+    // minimum is multiplied by; what the product of centred weights starts from, see simd_*.h.
+    enum { kScale, kOffset, kSum, kStart };
+};
+
+// The same for weights with a scale for each 16 columns: of the first 16, then of the others.
+struct HalfFactors {
+    static constexpr int kCount = 4;
+    enum { kSum = 0, kStart = 2 };
 };
 
 // Rows [n_rows][columns], as floats and as signed bytes with one scale per 32 columns (what ggml
 // calls Q8_1). The bytes of a panel of w rows are [columns/32][w][32], its factors
-// [columns/32][3][w]; panels follow each other.
+// and half_factors [columns/32][4][w]; panels follow each other.
 struct Activations {
     int n_rows = 0;
     int columns = 0;
     float* values = nullptr;
     int8_t* bytes = nullptr;
     float* factors = nullptr;
+    float* half_factors = nullptr;
 
     void resize(int rows, int width);
     float* row(int i) const { return values + static_cast<int64_t>(i) * columns; }
@@ -57,7 +62,7 @@ private:
     };
     Place place(int i, int first_block) const;
 
-    Buffer<float> value_memory_, factor_memory_;
+    Buffer<float> value_memory_, factor_memory_, half_memory_;
     Buffer<int8_t> byte_memory_;
 };
 

@@ -2,124 +2,235 @@
 
 #include <algorithm>
 
-#include "panel.h"
+#include "attention_panel.h"
 
 namespace covey {
 namespace {
 
 constexpr float kNoScore = -1e30f;  // finite, so that differences of two are 0 and not NaN
-constexpr int kTileVectors = kTile / kLanes;
+// Query rows from which it pays to widen a tile once through memory.
+constexpr int kWidenFrom = 2 * kPanelQueries + 1;
 
-// Turn a row's 64 scores into weights and rescale what it has so far. Only the first n_visible
-// positions count; with none of them every step leaves the row as it was.
-void soften(float* scores, int64_t n_visible, const Softmax& state, int row, int head_dim) {
-    const int n = static_cast<int>(std::clamp<int64_t>(n_visible, 0, kTile));
-    F32x16 score[kTileVectors];
-    F32x16 top = splat(kNoScore);
-    for (int v = 0; v < kTileVectors; v++) {
-        const int kept = std::clamp(n - v * kLanes, 0, kLanes);
-        score[v] = keep_first(load(scores + v * kLanes), kept, splat(kNoScore));
-        top = max(top, score[v]);
-    }
-    const float before = state.largest[row];
-    const float largest = std::max(before, max_lane(top));
-    F32x16 total = splat(0.0f);
-    for (int v = 0; v < kTileVectors; v++) {
-        const int kept = std::clamp(n - v * kLanes, 0, kLanes);
-        const F32x16 weight = keep_first(exp(score[v] - splat(largest)), kept, splat(0.0f));
-        store(scores + v * kLanes, weight);
-        total = total + weight;
-    }
-    const F32x16 shrink = exp(splat(before - largest));
-    float* sums = state.sums + row * kLanes;
-    store(sums, fma(load(sums), shrink, total));
-    float* values = state.values + static_cast<int64_t>(row) * head_dim;
-    for (int i = 0; i < head_dim; i += kLanes) store(values + i, load(values + i) * shrink);
-    state.largest[row] = largest;
+// Positions of a segment, counted from its start.
+struct Range {
+    int begin, end;
+    bool is_empty() const { return begin >= end; }
+};
+
+// The part of one tile, counted from the tile's start.
+Range in_tile(const Range& range, int tile) {
+    return {std::max(range.begin - tile * kTile, 0), std::min(range.end - tile * kTile, kTile)};
 }
 
-// All query rows against one tile; keys [head_dim][64], values [64][head_dim] as floats or halves.
-template <class Element>
-void attend_tile(const Element* keys, const Element* values, int64_t tile_start, int head_dim,
-                 const QueryRows& rows, const Softmax& state) {
-    alignas(64) float scores[kFloatRows * kTile];
-    for (int row = 0; row < rows.n_rows; row += kFloatRows) {
-        const int n_rows = std::min(kFloatRows, rows.n_rows - row);
-        const int64_t last = rows.position(row + n_rows - 1);
-        if (last < tile_start) continue;
-        const int n_visible = static_cast<int>(std::min<int64_t>(kTile, last + 1 - tile_start));
-        const int width = (n_visible + kLanes - 1) / kLanes * kLanes;
-        std::fill(scores, scores + n_rows * kTile, 0.0f);
-        float_product(n_rows, width, rows.values + static_cast<int64_t>(row) * head_dim, head_dim,
-                      keys, kTile, scores, kTile, head_dim);
-        for (int r = 0; r < n_rows; r++)
-            soften(scores + r * kTile, rows.position(row + r) + 1 - tile_start, state, row + r,
-                   head_dim);
-        float_product(n_rows, head_dim, scores, kTile, values, head_dim,
-                      state.values + static_cast<int64_t>(row) * head_dim, head_dim, n_visible);
-    }
-}
+class SegmentWork {
+public:
+    SegmentWork(const HeadCache& cache, const QueryRows& rows, int segment, bool is_followed,
+                const Softmax& out, AttentionScratch& scratch)
+        : cache_(cache),
+          rows_(rows),
+          out_(out),
+          scratch_(scratch),
+          head_dim_(cache.layout.head_dim),
+          first_tile_(int64_t{segment} * kSegmentTiles),
+          seen_(seen(0, rows.n_rows - 1)),
+          is_followed_(is_followed),
+          // Panels of equal height: 4 and 3 rows are faster than 6 and 1.
+          panel_height_(panel_height(rows.n_rows)),
+          scores_(scratch.scores.reserve(static_cast<std::size_t>(rows.n_rows) * kSegment)) {}
 
-void to_floats(const uint16_t* halves, int n, float* out) {
-    for (int i = 0; i < n; i += kLanes) store(out + i, load(halves + i));
-}
+    template <class Element>
+    void run() {
+        out_.clear(rows_.n_rows, head_dim_);
+        if (seen_.is_empty()) return;
+        const int begin = seen_.begin / kTile, end = (seen_.end + kTile - 1) / kTile;
+        const auto* after_keys = reinterpret_cast<const Element*>(cache_.values(first_tile_ + begin));
+        for (int tile = begin; tile < end; tile++) {
+            const auto* keys = keys_of<Element>(tile);
+            const auto* ahead = tile + 1 < end ? keys_of<Element>(tile + 1) : after_keys;
+            each_panel(keys, ahead, [&](auto* from, auto* next, int row, int n_rows) {
+                add_scores(from, next, tile, row, n_rows);
+            });
+        }
+        for (int row = 0; row < rows_.n_rows; row += panel_height_) {
+            const int n_rows = std::min(panel_height_, rows_.n_rows - row);
+            for (int r = row; r < row + n_rows; r++) soften(r, seen(row, row + n_rows - 1));
+        }
+        const auto* after = is_followed_ ? keys_of<Element>(kSegmentTiles) : nullptr;
+        for (int tile = begin; tile < end; tile++) {
+            const auto* values = values_of<Element>(tile);
+            const auto* ahead = tile + 1 < end ? values_of<Element>(tile + 1) : after;
+            each_panel(values, ahead, [&](auto* from, auto* next, int row, int n_rows) {
+                add_values(from, next, tile, row, n_rows);
+            });
+        }
+    }
+
+private:
+    static int panel_height(int n_rows) {
+        const int n_panels = (n_rows + kPanelQueries - 1) / kPanelQueries;
+        return (n_rows + n_panels - 1) / n_panels;
+    }
+
+    // What rows [first, last] see of the segment together.
+    Range seen(int first, int last) const {
+        const int64_t start = first_tile_ * kTile;
+        const auto clamped = [&](int64_t position) {
+            return static_cast<int>(std::clamp<int64_t>(position - start, 0, kSegment));
+        };
+        return {clamped(rows_.first_seen(first)), clamped(rows_.end_seen(last))};
+    }
+
+    template <class Element>
+    const Element* keys_of(int tile) const {
+        return reinterpret_cast<const Element*>(cache_.keys(first_tile_ + tile));
+    }
+    template <class Element>
+    const Element* values_of(int tile) const {
+        return reinterpret_cast<const Element*>(cache_.values(first_tile_ + tile));
+    }
+
+    // Calls body(elements, what to fetch meanwhile, first row, rows) for a few rows at a time; the
+    // elements are widened first if there are many.
+    template <class Element, class Body>
+    void each_panel(const Element* elements, const Element* ahead, Body body) {
+        const float* widened = nullptr;
+        if (rows_.n_rows >= kWidenFrom) {
+            const int n = kTile * head_dim_;
+            float* floats = scratch_.tile.reserve(static_cast<std::size_t>(n));
+            for (int i = 0; i < n; i += kLanes) store(floats + i, widen(elements + i));
+            widened = floats;
+        }
+        for (int row = 0; row < rows_.n_rows; row += panel_height_) {
+            const int n_rows = std::min(panel_height_, rows_.n_rows - row);
+            if (widened) {
+                body(widened, static_cast<const float*>(nullptr), row, n_rows);
+            } else {
+                body(elements, row == 0 ? ahead : nullptr, row, n_rows);
+            }
+        }
+    }
+
+    template <class Element>
+    void add_scores(const Element* keys, const Element* ahead, int tile, int row, int n_rows) {
+        const Range range = in_tile(seen(row, row + n_rows - 1), tile);
+        if (range.is_empty()) return;
+        const int width = (range.end + kLanes - 1) / kLanes * kLanes;
+        float* scores = scores_ + int64_t{row} * kSegment + tile * kTile;
+        for (int r = 0; r < n_rows; r++) std::fill_n(scores + r * kSegment, width, 0.0f);
+        attention_product(n_rows, width, rows_.values + int64_t{row} * head_dim_, head_dim_, keys,
+                          ahead, kTile, scores, kSegment, head_dim_);
+    }
+
+    template <class Element>
+    void add_values(const Element* values, const Element* ahead, int tile, int row, int n_rows) {
+        const Range range = in_tile(seen(row, row + n_rows - 1), tile);
+        if (range.is_empty()) return;
+        const int64_t skipped = int64_t{range.begin} * head_dim_;
+        attention_product(n_rows, head_dim_,
+                          scores_ + int64_t{row} * kSegment + tile * kTile + range.begin, kSegment,
+                          values + skipped, ahead ? ahead + skipped : nullptr, head_dim_,
+                          out_.values + int64_t{row} * head_dim_, head_dim_,
+                          range.end - range.begin);
+    }
+
+    // Turn a row's scores into weights, 0 wherever its panel sees more than the row does.
+    void soften(int row, const Range& panel) {
+        const Range own = seen(row, row);
+        float* scores = scores_ + int64_t{row} * kSegment;
+        const int first = own.begin / kLanes, last = (own.end + kLanes - 1) / kLanes;
+        F32x16 top = splat(kNoScore);
+        for (int v = first; v < last; v++) {
+            const F32x16 score = masked(scaled_score(scores, v), own, v, kNoScore);
+            store(scores + v * kLanes, score);
+            top = max(top, score);
+        }
+        const float largest = max_lane(top);
+        F32x16 total = splat(0.0f);
+        for (int v = panel.begin / kLanes; v * kLanes < panel.end; v++) {
+            F32x16 weight = splat(0.0f);
+            if (v >= first && v < last) {
+                weight = masked(exp(load(scores + v * kLanes) - splat(largest)), own, v, 0.0f);
+                total = total + weight;
+                if (const float* scales = value_scales(v)) weight = weight * load(scales);
+                weight = masked(weight, own, v, 0.0f);  // scales of what is not seen may be NaN
+            }
+            store(scores + v * kLanes, weight);
+        }
+        out_.largest[row] = largest;
+        out_.sums[row] = sum(total);
+    }
+
+    F32x16 scaled_score(const float* scores, int v) const {
+        const F32x16 score = load(scores + v * kLanes);
+        uint8_t* keys = cache_.layout.is_int8 ? cache_.keys(first_tile_ + v * kLanes / kTile) : nullptr;
+        return keys ? score * load(cache_.scales(keys) + v * kLanes % kTile) : score;
+    }
+    const float* value_scales(int v) const {
+        if (!cache_.layout.is_int8) return nullptr;
+        return cache_.scales(cache_.values(first_tile_ + v * kLanes / kTile)) + v * kLanes % kTile;
+    }
+
+    // Lanes of vector v that are outside of `seen` become `other`.
+    static F32x16 masked(F32x16 x, const Range& seen, int v, float other) {
+        const int skipped = seen.begin - v * kLanes, kept = seen.end - v * kLanes;
+        if (kept < kLanes) x = keep_first(x, kept, splat(other));
+        if (skipped > 0) x = keep_first(splat(other), skipped, x);
+        return x;
+    }
+
+    const HeadCache& cache_;
+    const QueryRows& rows_;
+    const Softmax& out_;
+    AttentionScratch& scratch_;
+    const int head_dim_;
+    const int64_t first_tile_;
+    const Range seen_;
+    const bool is_followed_;
+    const int panel_height_;
+    float* const scores_;
+};
 
 }  // namespace
 
-void HeadCache::write(int64_t position, const float* key, const float* value) const {
-    uint16_t halves[kLanes];
-    uint16_t* column = keys + position / kTile * kTile * head_dim + position % kTile;
-    for (int i = 0; i < head_dim; i += kLanes) {
-        store(halves, load(key + i));
-        for (int j = 0; j < kLanes; j++) column[(i + j) * kTile] = halves[j];
-        store(values + position * head_dim + i, load(value + i));
-    }
-}
-
 void Softmax::clear(int n_rows, int head_dim) const {
-    std::fill(largest, largest + n_rows, kNoScore);
-    std::fill(sums, sums + static_cast<int64_t>(n_rows) * kLanes, 0.0f);
-    std::fill(values, values + static_cast<int64_t>(n_rows) * head_dim, 0.0f);
+    std::fill_n(largest, padded(n_rows), kNoScore);
+    std::fill_n(sums, padded(n_rows), 0.0f);
+    std::fill_n(values, int64_t{n_rows} * head_dim, 0.0f);
 }
 
 void Softmax::join(const Softmax& other, int n_rows, int head_dim) const {
-    for (int row = 0; row < n_rows; row++) {
-        const float top = std::max(largest[row], other.largest[row]);
-        const F32x16 shrink = exp(splat(largest[row] - top));
-        const F32x16 share = exp(splat(other.largest[row] - top));
-        const auto mix = [&](float* mine, const float* theirs) {
-            store(mine, fma(load(theirs), share, load(mine) * shrink));
-        };
-        mix(sums + row * kLanes, other.sums + row * kLanes);
-        const int64_t at = static_cast<int64_t>(row) * head_dim;
-        for (int i = 0; i < head_dim; i += kLanes) mix(values + at + i, other.values + at + i);
-        largest[row] = top;
+    for (int first = 0; first < n_rows; first += kLanes) {
+        const F32x16 mine = load(largest + first), theirs = load(other.largest + first);
+        const F32x16 top = max(mine, theirs);
+        float shrink[kLanes], share[kLanes];
+        store(shrink, exp(mine - top));
+        store(share, exp(theirs - top));
+        store(largest + first, top);
+        store(sums + first,
+              fma(load(other.sums + first), load(share), load(sums + first) * load(shrink)));
+        for (int row = first; row < std::min(first + kLanes, n_rows); row++) {
+            const F32x16 kept = splat(shrink[row - first]), added = splat(share[row - first]);
+            float* to = values + int64_t{row} * head_dim;
+            const float* from = other.values + int64_t{row} * head_dim;
+            for (int i = 0; i < head_dim; i += kLanes)
+                store(to + i, fma(load(from + i), added, load(to + i) * kept));
+        }
     }
 }
 
 void Softmax::finish(int row, int head_dim, float* out) const {
-    const F32x16 factor = splat(1.0f / sum(load(sums + row * kLanes)));
-    const float* from = values + static_cast<int64_t>(row) * head_dim;
+    const F32x16 factor = splat(1.0f / sums[row]);
+    const float* from = values + int64_t{row} * head_dim;
     for (int i = 0; i < head_dim; i += kLanes) store(out + i, load(from + i) * factor);
 }
 
-void attend_segment(const HeadCache& cache, const QueryRows& rows, int segment, const Softmax& out,
-                    Buffer<float>& scratch) {
-    const int head_dim = cache.head_dim, tile_size = kTile * head_dim;
-    out.clear(rows.n_rows, head_dim);
-    for (int i = 0; i < kSegmentTiles; i++) {
-        const int64_t tile = static_cast<int64_t>(segment) * kSegmentTiles + i;
-        if (tile * kTile >= rows.end()) break;
-        const uint16_t* keys = cache.keys + tile * tile_size;
-        const uint16_t* values = cache.values + tile * tile_size;
-        if (rows.n_rows <= kFloatRows) {
-            attend_tile(keys, values, tile * kTile, head_dim, rows, out);
-            continue;
-        }
-        float* as_floats = scratch.reserve(2 * static_cast<std::size_t>(tile_size));
-        to_floats(keys, tile_size, as_floats);
-        to_floats(values, tile_size, as_floats + tile_size);
-        attend_tile<float>(as_floats, as_floats + tile_size, tile * kTile, head_dim, rows, out);
+void attend_segment(const HeadCache& cache, const QueryRows& rows, int segment, bool is_followed,
+                    const Softmax& out, AttentionScratch& scratch) {
+    SegmentWork work(cache, rows, segment, is_followed, out, scratch);
+    if (cache.layout.is_int8) {
+        work.run<int8_t>();
+    } else {
+        work.run<uint16_t>();
     }
 }
 

@@ -53,7 +53,7 @@ int32_t covey_head_logits(covey_engine* engine, const covey_matrix* output, cons
         return COVEY_INVALID;
     // Two bytes per activation, as two rows: the error of single bytes in logits costs 0.6 % of the
     // greedy tokens, and the second row is free where reading the matrix is what takes the time.
-    const int columns = output->columns, parts = output->type == COVEY_F16 ? 1 : 2;
+    const int columns = output->columns, parts = is_float_type(output->type) ? 1 : 2;
     Activations& x = engine->normed;
     try {
         for (int first = 0; first < n_rows; first += kMaxRows / parts) {
@@ -82,7 +82,7 @@ int32_t covey_multiply(covey_engine* engine, const covey_matrix* matrix, const f
     try {
         for (int first = 0; first < n_rows; first += kMaxRows) {
             prepare(engine->pool, engine->normed, std::min(kMaxRows, n_rows - first), columns,
-                    matrix->type != COVEY_F16, [&](int row, float* out) {
+                    !is_float_type(matrix->type), [&](int row, float* out) {
                         std::copy_n(x + int64_t{first + row} * columns, columns, out);
                     });
             product_rows(*engine, *matrix, engine->normed, 1, y + int64_t{first} * matrix->rows);
@@ -94,18 +94,6 @@ int32_t covey_multiply(covey_engine* engine, const covey_matrix* matrix, const f
 }
 
 int32_t covey_abi_version(void) { return COVEY_ABI_VERSION; }
-
-const char* covey_best_isa(void) {
-#if defined(__x86_64__) && defined(__GNUC__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("avx2"))
-        return "avx512vnni";
-#endif
-    return "portable";
-}
 
 covey_engine* covey_engine_new(int32_t n_threads) {
     if (n_threads < 1 || n_threads > 1024) return nullptr;

@@ -1,4 +1,4 @@
-// GGUF blocks to packed groups and back; see packing.h for the layout.
+// GGUF blocks to packed groups, the same bits in another order, and rows of them to floats.
 #include "packing.h"
 
 #include <algorithm>
@@ -9,112 +9,186 @@
 namespace covey {
 namespace {
 
-constexpr std::size_t kFileQ41Bytes = 20;  // fp16 scale, fp16 minimum, 16 bytes of nibbles
-constexpr std::size_t kFileQ80Bytes = 34;  // fp16 scale, 32 signed weights
+std::size_t float_bytes(int type) { return type == COVEY_F32 ? 4 : 2; }
 
 // Bytes of one row in the file.
 std::size_t row_bytes(int type, int columns) {
-    const std::size_t n_blocks = columns / kBlockColumns;
-    if (type == COVEY_Q4_1) return n_blocks * kFileQ41Bytes;
-    if (type == COVEY_Q8_0) return n_blocks * kFileQ80Bytes;
-    return static_cast<std::size_t>(columns) * 2;
+    const Format* format = find_format(type);
+    if (!format) return columns * float_bytes(type);
+    return static_cast<std::size_t>(columns / format->columns) * format->file_bytes;
 }
 
-// Copies between the file's place and the packed place of a few bytes, one way or the other.
-struct ToPacked {
-    using File = const uint8_t;
-    using Packed = uint8_t;
-    static void copy(File* file, Packed* packed, int n) { std::memcpy(packed, file, n); }
-    static void copy_biased(File* file, Packed* packed) {
-        for (int k = 0; k < 4; k++) packed[k] = file[k] ^ 0x80;  // + 128 of a signed byte
+// Bits `plane.bits` of one number in a plane of the file.
+uint8_t bits_at(const Plane& plane, const uint8_t* block, int i) {
+    const int per_run = plane.run * 8 / plane.bits, within = i % per_run;
+    const uint8_t byte = block[plane.offset + i / per_run * plane.run + within % plane.run];
+    return byte >> (plane.bits * (within / plane.run)) & ((1 << plane.bits) - 1);
+}
+
+// The same of numbers i to i + 3, a byte each.
+uint32_t four_at(const Plane& plane, const uint8_t* block, int i) {
+    uint8_t four[4];
+    for (int k = 0; k < 4; k++) four[k] = bits_at(plane, block, i + k);
+    uint32_t word;
+    std::memcpy(&word, four, sizeof word);
+    return word;
+}
+
+// Put the bits that a plane has of 32 columns of one row where the vectors of that row are.
+void pack_plane(const Plane& plane, const uint8_t* block, int first_column, uint8_t flip, int row,
+                uint8_t* packed) {
+    const int bits = plane.bits;
+    for (int v = 0; v < bits; v++) {
+        uint32_t word = 0;
+        for (int j = v; j < 8; j += bits)
+            word |= four_at(plane, block, first_column + 4 * j) << (bits * (j / bits));
+        word ^= flip * 0x01010101u;
+        std::memcpy(packed + 64 * v + 4 * row, &word, sizeof word);
     }
+}
+
+struct ScalePair {
+    uint8_t scale, minimum;
 };
-struct ToFile {
-    using File = uint8_t;
-    using Packed = const uint8_t;
-    static void copy(File* file, Packed* packed, int n) { std::memcpy(file, packed, n); }
-    static void copy_biased(File* file, Packed* packed) {
-        for (int k = 0; k < 4; k++) file[k] = packed[k] ^ 0x80;
-    }
-};
 
-template <class Way>
-void move_q41(typename Way::File* file, typename Way::Packed* packed, int r) {
-    Way::copy(file, packed + kQ41Nibbles + 2 * r, 2);
-    Way::copy(file + 2, packed + kQ41Nibbles + 2 * kGroupRows + 2 * r, 2);
-    for (int j = 0; j < 4; j++) Way::copy(file + 4 + 4 * j, packed + 64 * j + 4 * r, 4);
+// Scale and minimum i of a block as they are packed: signed bytes, or Q2_K's two in one.
+ScalePair scales_at(const Format& format, const uint8_t* block, int i) {
+    const uint8_t* p = block + format.scales_offset;
+    switch (format.scales) {
+        case Scales::kSixBitPairs:
+            if (i < 4) return {static_cast<uint8_t>(p[i] & 63), static_cast<uint8_t>(p[i + 4] & 63)};
+            return {static_cast<uint8_t>((p[i + 4] & 15) | (p[i - 4] >> 6) << 4),
+                    static_cast<uint8_t>((p[i + 4] >> 4) | (p[i] >> 6) << 4)};
+        case Scales::kSixBit:
+            return {static_cast<uint8_t>((bits_at({4, 0, 8}, p, i) | bits_at({2, 8, 4}, p, i) << 4) -
+                                         32),
+                    0};
+        default: return {p[i], 0};
+    }
 }
 
-template <class Way>
-void move_q80(typename Way::File* file, typename Way::Packed* packed, int r) {
-    Way::copy(file, packed + kQ80Weights + 2 * r, 2);
-    for (int j = 0; j < 8; j++) Way::copy_biased(file + 2 + 4 * j, packed + 64 * j + 4 * r);
+// One block of one row.
+void pack_block(const Format& format, const uint8_t* block, int row, uint8_t* packed) {
+    for (int b = 0; b < format.n_blocks(); b++) {
+        uint8_t* codes = packed + b * format.code_bytes();
+        // Signed bytes are stored as codes, 128 too high.
+        const uint8_t flip = format.low.bits == 8 ? 0x80 : 0;
+        pack_plane(format.low, block, b * kBlockColumns, flip, row, codes);
+        if (format.high.bits)
+            pack_plane(format.high, block, b * kBlockColumns, 0, row, codes + 64 * format.low.bits);
+        uint8_t* scales = packed + format.scales_at() + b * format.scales_bytes() + row;
+        for (int s = 0; format.has_scales() && s < format.n_scales(); s++) {
+            const ScalePair pair = scales_at(format, block, b * format.n_scales() + s);
+            scales[s * kGroupRows] = pair.scale;
+            if (format.has_byte_minima())
+                scales[(format.n_scales() + s) * kGroupRows] = pair.minimum;
+        }
+    }
+    std::memcpy(packed + format.scale_at() + 2 * row, block + format.scale_offset, 2);
+    if (format.is_centred) return;
+    uint8_t* minimum = packed + format.minimum_at() + 2 * row;
+    std::memcpy(minimum, block + format.minimum_offset, 2);
+    if (format.has_scales()) minimum[1] ^= 0x80;  // subtracted in the file, added here
 }
 
-template <class Way>
-void move_row(int type, int columns, typename Way::File* file, typename Way::Packed* group, int r) {
-    const int n_blocks = columns / kBlockColumns;
-    if (type == COVEY_Q4_1) {
-        for (int b = 0; b < n_blocks; b++)
-            move_q41<Way>(file + b * kFileQ41Bytes, group + b * kQ41Bytes, r);
-    } else if (type == COVEY_Q8_0) {
-        for (int b = 0; b < n_blocks; b++)
-            move_q80<Way>(file + b * kFileQ80Bytes, group + b * kQ80Bytes, r);
-    } else {
-        for (std::size_t c = 0; c < static_cast<std::size_t>(columns); c++)
-            Way::copy(file + 2 * c, group + 2 * (c * kGroupRows + r), 2);
+void pack_row(int type, int columns, const uint8_t* file, int row, uint8_t* group) {
+    if (const Format* format = find_format(type)) {
+        for (int i = 0; i < columns / format->columns; i++)
+            pack_block(*format, file + static_cast<std::size_t>(i) * format->file_bytes, row,
+                       group + i * format->packed_bytes());
+        return;
     }
+    const std::size_t size = float_bytes(type);
+    for (std::size_t c = 0; c < static_cast<std::size_t>(columns); c++)
+        std::memcpy(group + size * (c * kGroupRows + row), file + size * c, size);
 }
 
 bool is_supported(int type, int rows, int columns) {
-    return rows > 0 && columns > 0 && columns % kBlockColumns == 0 &&
-           group_bytes(type, columns) != 0;
+    return rows > 0 && columns > 0 && group_bytes(type, columns) != 0;
+}
+
+float first_lane(F32x16 a) {
+    float lanes[kLanes];
+    store(lanes, a);
+    return lanes[0];
 }
 
 float half_at(const uint8_t* p) {
     uint16_t halves[kLanes] = {};
     std::memcpy(halves, p, 2);
-    float lanes[kLanes];
-    store(lanes, load(halves));
-    return lanes[0];
+    return first_lane(load(halves));
+}
+
+float float_at(int type, const uint8_t* group, std::size_t i) {
+    if (type == COVEY_F16) return half_at(group + 2 * i);
+    uint32_t bits = 0;
+    if (type == COVEY_F32) {
+        std::memcpy(&bits, group + 4 * i, 4);
+    } else {
+        uint16_t upper;
+        std::memcpy(&upper, group + 2 * i, 2);
+        bits = static_cast<uint32_t>(upper) << 16;
+    }
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// Bits of column `column` of 32, of a plane that is packed at `plane`.
+int packed_bits(const uint8_t* plane, int bits, int row, int column) {
+    const int j = column / 4;
+    const uint8_t byte = plane[64 * (j % bits) + 4 * row + column % 4];
+    return byte >> (bits * (j / bits)) & ((1 << bits) - 1);
+}
+
+// A weight is scale * code + minimum; 32 columns from block b of a packed block.
+void decode_columns(const Format& format, const uint8_t* packed, int b, int row, float* out) {
+    const uint8_t* codes = packed + b * format.code_bytes();
+    const uint8_t* scales = packed + format.scales_at() + b * format.scales_bytes() + row;
+    for (int column = 0; column < kBlockColumns; column++) {
+        float scale = half_at(packed + format.scale_at() + 2 * row), minimum = 0;
+        if (!format.is_centred) minimum = half_at(packed + format.minimum_at() + 2 * row);
+        const uint8_t* at = scales + column / format.scale_columns * kGroupRows;
+        if (format.is_nibbles()) {
+            scale *= static_cast<float>(*at & 15);
+            minimum *= static_cast<float>(*at >> 4);
+        } else if (format.has_scales()) {
+            scale *= static_cast<float>(static_cast<int8_t>(*at));
+            if (format.has_byte_minima())
+                minimum *= static_cast<float>(at[format.n_scales() * kGroupRows]);
+        }
+        int code = packed_bits(codes, format.low.bits, row, column);
+        if (format.high.bits)
+            code |= packed_bits(codes + 64 * format.low.bits, format.high.bits, row, column)
+                    << format.low.bits;
+        if (format.has_table) code = kIq4Values[code];
+        const int centre = format.has_table ? 128 : 1 << (format.code_bits() - 1);
+        *out++ = format.is_centred ? scale * static_cast<float>(code - centre)
+                                   : scale * static_cast<float>(code) + minimum;
+    }
 }
 
 }  // namespace
 
 std::size_t group_bytes(int type, int columns) {
-    const std::size_t n_blocks = columns / kBlockColumns;
-    switch (type) {
-        case COVEY_Q4_1: return n_blocks * kQ41Bytes;
-        case COVEY_Q8_0: return n_blocks * kQ80Bytes;
-        case COVEY_F16: return static_cast<std::size_t>(columns) * kGroupRows * 2;
-        default: return 0;
-    }
+    if (columns % kBlockColumns) return 0;
+    if (is_float_type(type)) return static_cast<std::size_t>(columns) * kGroupRows * float_bytes(type);
+    const Format* format = find_format(type);
+    if (!format || columns % format->columns) return 0;
+    return columns / format->columns * format->packed_bytes();
 }
 
 void decode_row(const covey_matrix& matrix, int row, float* out) {
     const uint8_t* group = group_data(matrix, row / kGroupRows);
     const int r = row % kGroupRows;
-    const int n_blocks = matrix.columns / kBlockColumns;
-    for (int b = 0; b < n_blocks; b++, out += kBlockColumns) {
-        if (matrix.type == COVEY_Q4_1) {
-            const uint8_t* block = group + b * kQ41Bytes;
-            const float scale = half_at(block + kQ41Nibbles + 2 * r);
-            const float minimum = half_at(block + kQ41Nibbles + 2 * kGroupRows + 2 * r);
-            for (int i = 0; i < 16; i++) {
-                const uint8_t pair = block[64 * (i / 4) + 4 * r + i % 4];
-                out[i] = scale * static_cast<float>(pair & 15) + minimum;
-                out[16 + i] = scale * static_cast<float>(pair >> 4) + minimum;
-            }
-        } else if (matrix.type == COVEY_Q8_0) {
-            const uint8_t* block = group + b * kQ80Bytes;
-            const float scale = half_at(block + kQ80Weights + 2 * r);
-            for (int i = 0; i < kBlockColumns; i++)
-                out[i] = scale * static_cast<float>(block[64 * (i / 4) + 4 * r + i % 4] - 128);
-        } else {
-            for (int i = 0; i < kBlockColumns; i++)
-                out[i] = half_at(group + 2 * ((b * kBlockColumns + i) * kGroupRows + r));
-        }
+    if (const Format* format = find_format(matrix.type)) {
+        for (int at = 0; at < matrix.columns; at += kBlockColumns)
+            decode_columns(*format, group + at / format->columns * format->packed_bytes(),
+                           at % format->columns / kBlockColumns, r, out + at);
+        return;
     }
+    for (int c = 0; c < matrix.columns; c++)
+        out[c] = float_at(matrix.type, group, static_cast<std::size_t>(c) * kGroupRows + r);
 }
 
 }  // namespace covey
@@ -132,17 +206,7 @@ int32_t covey_pack(int32_t type, int32_t rows, int32_t columns, const uint8_t* b
     const std::size_t per_group = group_bytes(type, columns);
     if (rows % kGroupRows) std::memset(packed + per_group * (n_groups(rows) - 1), 0, per_group);
     for (int row = 0; row < rows; row++)
-        move_row<ToPacked>(type, columns, blocks + row_bytes(type, columns) * row,
-                           packed + per_group * (row / kGroupRows), row % kGroupRows);
-    return COVEY_OK;
-}
-
-int32_t covey_unpack(int32_t type, int32_t rows, int32_t columns, const uint8_t* packed,
-                     uint8_t* blocks) {
-    if (!is_supported(type, rows, columns) || !blocks || !packed) return COVEY_INVALID;
-    const std::size_t per_group = group_bytes(type, columns);
-    for (int row = 0; row < rows; row++)
-        move_row<ToFile>(type, columns, blocks + row_bytes(type, columns) * row,
-                         packed + per_group * (row / kGroupRows), row % kGroupRows);
+        pack_row(type, columns, blocks + row_bytes(type, columns) * row, row % kGroupRows,
+                 packed + per_group * (row / kGroupRows));
     return COVEY_OK;
 }

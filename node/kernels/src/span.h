@@ -5,6 +5,7 @@
 
 #include "activations.h"
 #include "attention.h"
+#include "attention_plan.h"
 #include "memory.h"
 #include "threads.h"
 
@@ -16,10 +17,10 @@ constexpr int kMaxRows = 192;
 
 struct ThreadScratch {
     Buffer<uint8_t> unpacked;
-    Buffer<float> tile_floats;  // keys and values of one tile
-    Buffer<float> products;     // [2][kMaxRows][16]
-    Buffer<float> queries;
+    Buffer<float> products;  // [2][kMaxRows][16]
+    Buffer<float> key;       // one, rotated
     Buffer<float> softmax;
+    AttentionScratch attention;
 };
 
 }  // namespace covey
@@ -31,7 +32,8 @@ struct covey_engine {
     std::vector<covey::ThreadScratch> scratch;  // [thread]
     covey::Activations normed, attended, gated;
     covey::Buffer<float> heads;    // queries, keys and values [rows][(H + 2K) * E]
-    covey::Buffer<float> softmax;  // of a decode step, [K][segments]
+    covey::Buffer<float> queries;  // rotated and scaled [K][rows][H / K][E]
+    covey::Buffer<float> softmax;  // of units of attention that were cut
 };
 
 namespace covey {

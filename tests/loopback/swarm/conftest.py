@@ -8,6 +8,7 @@ import pytest
 
 from covey.node.alone import generate_alone, load_alone
 from covey.node.catalog import open_model
+from covey.node.engines import Engines
 from covey.node.model.sampling import SamplingParams
 from covey.node.prompt import chat_tokens
 from support.swarm import MODEL, Swarm, running_swarm
@@ -40,8 +41,8 @@ def pair(breakable: Swarm) -> Swarm:
 @pytest.fixture(scope="session")
 def alone() -> Alone:
     """The whole model in this process: what every swarm must equal."""
-    model = open_model(MODEL, "fp32")
-    stage = load_alone(model, threads=1)
+    model = open_model(MODEL, Engines())
+    stage = load_alone(model)
 
     def answer(content: str, params: SamplingParams) -> str:
         tokens = chat_tokens(model.tokenizer, [{"role": "user", "content": content}])

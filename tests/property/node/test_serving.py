@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -41,11 +41,12 @@ class StrictStage(AddingStage):
         self.faults: list[str] = []
         self.lengths: dict[str, int] = {}
 
-    def open_session(self, session: str, n_tokens: int) -> None:
-        super().open_session(session, n_tokens)
+    def open_session(self, session: str, n_tokens: int, prefix: Sequence[bytes] = ()) -> int:
+        super().open_session(session, n_tokens, prefix)
         self.lengths[session] = 0
         if sum(self.open.values()) > CAPACITY:
             self.faults.append("more memory than was leased out")
+        return 0
 
     def forward(self, session: str, position: int, hidden: HiddenStates) -> HiddenStates:
         if not 0 <= position <= self.lengths[session]:

@@ -19,8 +19,9 @@ import torch
 from covey.node.catalog import LocalModel
 from covey.node.engine.errors import EngineError, InvalidHiddenStates
 from covey.node.engine.generate import generate, generate_text
-from covey.node.engine.tensors import EngineDtype, HiddenStates
+from covey.node.engine.tensors import EngineKind, HiddenStates
 from covey.node.engine.torch_stage import load_stage
+from covey.node.engines import Engines
 from covey.node.errors import (
     Busy,
     InvalidRequest,
@@ -74,7 +75,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]
 
 @pytest.fixture(scope="module")
 def model(checkpoint: Checkpoint) -> LocalModel:
-    return LocalModel("tiny", checkpoint, "fp32")
+    return LocalModel("tiny", checkpoint, Engines("fp32", 1))
 
 
 @dataclass
@@ -136,11 +137,13 @@ async def bench(
     *,
     own_stage: bool = False,
     codec: str = "exact",
-    dtype: EngineDtype = "fp32",
+    engine: EngineKind = "fp32",
 ) -> AsyncIterator[Bench]:
     async with Net(n_stages + 1) as nodes:
         peers = PEERS[:n_stages] if own_stage else PEERS[1 : n_stages + 1]
-        yield Bench(nodes, model, route_of(*peers, spans=CUTS[n_stages], codec=codec, dtype=dtype))
+        yield Bench(
+            nodes, model, route_of(*peers, spans=CUTS[n_stages], codec=codec, engine=engine)
+        )
 
 
 def asked(prompt: str | Sequence[int] = PROMPT, **params: Any) -> GenerationRequest:
@@ -285,11 +288,11 @@ async def test_the_codec_fp16_gives_the_text_of_the_codec_exact(model: LocalMode
 
 @in_virtual_time
 async def test_bf16_over_three_stages_equals_bf16_in_one_process(checkpoint: Checkpoint) -> None:
-    model = LocalModel("tiny", checkpoint, "bf16")
+    model = LocalModel("tiny", checkpoint, Engines("bf16", 1))
     prompt = model.tokenizer.encode(PROMPT, add_special=True)
     reference = generate(load_stage(checkpoint, (0, 4), "bf16"), model.head, prompt, asked().params)
     expected = [token.id for token in reference]
-    async with bench(model, 3, dtype="bf16") as it:
+    async with bench(model, 3, engine="bf16") as it:
         assert ids_of(await it.run(asked())) == expected
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from covey.node.catalog import LocalModel
 from covey.node.config import NodeConfig
-from covey.node.engine.torch_stage import load_stage
+from covey.node.engines import Engines
 from covey.node.home import Home
 from covey.node.model.checkpoint import open_checkpoint
 from covey.node.model.errors import CorruptModel
@@ -151,7 +151,7 @@ async def member(
 @pytest.fixture
 def model(tmp_path: Path) -> LocalModel:
     path = write_tiny_gguf(tmp_path / "tiny.gguf")
-    return LocalModel("tiny", open_checkpoint(path, cache_dir=tmp_path), "fp32")
+    return LocalModel("tiny", open_checkpoint(path, cache_dir=tmp_path), Engines("fp32", 1))
 
 
 @pytest.fixture(autouse=True)
@@ -162,7 +162,7 @@ def equal_machines(monkeypatch: pytest.MonkeyPatch) -> None:
         return DeviceProfile(
             peer_id=peer_id,
             model_digest=model.digest,
-            dtype=model.dtype,
+            engine=model.engine,
             decode_s_per_block=1e-3,
             prefill_s_per_token_per_block=1e-4,
             head_s=1e-3,
@@ -193,9 +193,10 @@ def spoiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[object]:
         if not failed:
             failed.append(arguments)
             raise CorruptModel(tmp_path, "block.0", "expected another hash")
-        return load_stage(*arguments, **options)
+        return load_good(*arguments, **options)
 
-    monkeypatch.setattr("covey.node.planning.load_stage", load)
+    load_good = LocalModel.load_stage
+    monkeypatch.setattr(LocalModel, "load_stage", load)
     return failed
 
 
@@ -293,10 +294,10 @@ def test_a_member_whose_file_is_bad_is_planned_around(
     simulate(scenario)
 
 
-def test_members_of_another_dtype_are_not_mixed_into_a_plan(
+def test_members_of_another_engine_are_not_mixed_into_a_plan(
     tmp_path: Path, model: LocalModel
 ) -> None:
-    other = LocalModel("tiny", model.checkpoint, "bf16")
+    other = LocalModel("tiny", model.checkpoint, Engines("bf16", 1))
 
     async def scenario() -> None:
         swarm = Swarm(tmp_path)
@@ -311,7 +312,7 @@ def test_members_of_another_dtype_are_not_mixed_into_a_plan(
             assert spans is not None
             assert set(spans) == {"b", "c"}
             assert a.spans(model.digest) is None
-            assert "--dtype bf16" in a.planning.why_not(model.digest)
+            assert "--engine bf16" in a.planning.why_not(model.digest)
 
     simulate(scenario)
 
@@ -330,7 +331,7 @@ def test_a_bad_load_before_a_good_one_leaves_the_planner_alive(
             model_digest=model.digest,
             epoch=1,
             proposer="b",
-            dtype="fp32",
+            engine="fp32",
             codec=codec,
         )
 

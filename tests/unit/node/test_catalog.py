@@ -11,6 +11,7 @@ import pytest
 from covey.node.catalog import Catalog, LocalModel, open_model
 from covey.node.engine.head import load_head
 from covey.node.engine.torch_stage import load_stage
+from covey.node.engines import Engines
 from covey.node.errors import UnknownModel
 from covey.node.model.checkpoint import open_checkpoint
 from support.tiny_models import TINY, write_tiny_gguf
@@ -23,7 +24,7 @@ def models(tmp_path: Path) -> Iterator[list[LocalModel]]:
         open_checkpoint(write_tiny_gguf(tmp_path / "a.gguf"), cache_dir=tmp_path) as first,
         open_checkpoint(write_tiny_gguf(tmp_path / "b.gguf", untied, 1), cache_dir=tmp_path) as two,
     ):
-        yield [LocalModel("barn", first, "fp32"), LocalModel("owl", two, "fp32")]
+        yield [LocalModel("barn", first, Engines("fp32")), LocalModel("owl", two, Engines("fp32"))]
 
 
 def test_models_are_found_by_name_digest_and_its_beginning(models: list[LocalModel]) -> None:
@@ -57,6 +58,6 @@ def test_the_layout_is_what_the_engine_takes(models: list[LocalModel]) -> None:
 
 def test_a_model_is_never_called_by_a_path(tmp_path: Path) -> None:
     path = write_tiny_gguf(tmp_path / "secret-folder-name.gguf")
-    model = open_model(str(path), "fp32")
+    model = open_model(str(path), Engines("fp32"))
     assert model.name == "secret-folder-name"
     assert str(tmp_path) not in str(model.manifest().to_value())

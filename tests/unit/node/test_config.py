@@ -78,7 +78,7 @@ def test_what_may_be_left_open_may_be_none() -> None:
     ("changes", "field"),
     [
         ({"prefer": "cheap"}, "prefer"),
-        ({"dtype": "fp16"}, "dtype"),
+        ({"engine": "fp16"}, "engine"),
         ({"name": ""}, "name"),
         ({"name": "x" * 65}, "name"),
         ({"name": "a\nb"}, "name"),

@@ -65,7 +65,7 @@ def plan(
         model_digest=model,
         epoch=epoch,
         proposer=proposer,
-        dtype="fp32",
+        engine="fp32",
     )
 
 

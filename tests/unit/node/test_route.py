@@ -25,7 +25,7 @@ def test_a_route_holds_what_every_frame_needs() -> None:
     assert route.peers == (A, B, C)
     assert route.spans == ((0, 1), (1, 3), (3, 4))
     assert route.codecs == ("exact", "fp16", "exact", "fp16")
-    assert (route.n_stages, route.epoch, route.dtype) == (3, 3, "fp32")
+    assert (route.n_stages, route.epoch, route.engine, route.dtype) == (3, 3, "fp32", "fp32")
     assert route.digest == route.plan.digest
 
 
@@ -38,14 +38,14 @@ def group() -> dict[str, Any]:
     "changes",
     [
         {"codecs": ("exact", "int8", "exact", "exact")},
-        {"dtype": "fp8"},
+        {"engine": "fp8"},
         # Shared layers all inside a stage: no border carries indices, yet dense attention would
         # compute something else than the plan says.
         {"index_pattern": "FFSF"},
         {"index_pattern": "FSFS", "carries": (False, True, True, False)},
         {**group(), "carries": (False,) * 3},
     ],
-    ids=["codec", "dtype", "sparse", "sparse across borders", "group"],
+    ids=["codec", "engine", "sparse", "sparse across borders", "group"],
 )
 def test_what_this_version_cannot_run_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedPlan) as caught:

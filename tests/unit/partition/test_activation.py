@@ -79,7 +79,7 @@ def test_a_plan_that_became_active_counts_though_its_predecessors_are_gone() -> 
     "wrong",
     [
         replace(OLD, model_digest="other"),
-        replace(OLD, dtype="bf16"),
+        replace(OLD, engine="bf16"),
         plan(("a", 0, 3)),
         plan(("a", 0, 2), ("stranger", 2, 4)),
     ],

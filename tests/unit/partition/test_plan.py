@@ -13,7 +13,7 @@ from covey.partition.plan import LayerPlan, Member, PlanLimits, Span, StagePlan,
 from support.plans import plan, stages
 
 PLAN = plan(("a", 0, 2), ("b", 2, 4))
-GOLDEN_DIGEST = "e78f8a84097405ab48c5ada52aadd6060ba5c0bf7df640662a4cdba4912dc706"
+GOLDEN_DIGEST = "bc9394610c19476508133e34bfff36e94f2797807f28ecd414113ad76301f17a"
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_stages_that_do_not_cover_the_model_once_are_refused(
 ) -> None:
     with pytest.raises(InvalidPlan) as caught:
         make_plan(
-            stages(*spans), PLAN.prediction, model_digest="m", epoch=1, proposer="a", dtype="fp32"
+            stages(*spans), PLAN.prediction, model_digest="m", epoch=1, proposer="a", engine="fp32"
         )
     assert caught.value.field == "plan.stages"
 
@@ -72,7 +72,7 @@ def test_a_wrong_index_pattern_is_refused(pattern: str) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"version": 2},
+        {"version": 1},
         {"epoch": -1},
         {"codecs": ("exact",)},
         {"codecs": ("exact", "zip", "exact")},
@@ -92,7 +92,7 @@ def test_the_digest_names_what_runs_and_not_how_fast() -> None:
     others = [
         replace(PLAN, epoch=2),
         replace(PLAN, proposer="b"),
-        replace(PLAN, dtype="bf16"),
+        replace(PLAN, engine="bf16"),
         replace(PLAN, codecs=("exact", "fp16", "exact")),
         plan(("a", 0, 1), ("b", 1, 4)),
         plan(("a", 0, 2), ("b", 2, 4), index_pattern="FFFF"),

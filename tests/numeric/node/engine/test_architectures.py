@@ -14,6 +14,7 @@ from covey.node.engine.head import load_head
 from covey.node.engine.stage import Stage
 from covey.node.engine.tensors import HiddenStates
 from covey.node.engine.torch_stage import load_stage
+from covey.node.engines import weight_sizes
 from covey.node.model.checkpoint import Checkpoint, open_checkpoint
 from support.tiny_architectures import N_TOKENS, TINIES, VOCAB, make, write_gguf
 
@@ -124,6 +125,6 @@ def test_bf16_is_close(made: Made) -> None:
 
 def test_sizes_are_what_the_planner_is_told(made: Made) -> None:
     with opened(made, "safetensors") as checkpoint:
-        stage, config = load_stage(checkpoint, (1, 3)), checkpoint.config
-    assert stage.weight_bytes == 2 * 4 * config.block_weights
-    assert stage.kv_bytes_per_token == config.kv_bytes_per_token(2, 4)
+        stage, sizes = load_stage(checkpoint, (1, 3)), weight_sizes(checkpoint, "fp32")
+    assert stage.weight_bytes == sum(sizes.blocks[1:3])
+    assert stage.kv_bytes_per_token == 2 * sizes.kv_per_token_per_block

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "abi.h"
+#include "formats.h"
 
 namespace {
 
@@ -47,24 +48,40 @@ uint16_t small_half() {  // between 2^-9 and 2^-6, either sign
     return static_cast<uint16_t>(sign | (6 + random_bits() % 3) << 10 | (random_bits() & 0x3FF));
 }
 
+// Any codes; scales and weights of the size of `small_half`.
+std::vector<uint8_t> random_blocks(int type, int rows, int columns) {
+    std::vector<uint8_t> blocks;
+    const auto put_half = [&](std::size_t at) {
+        const uint16_t half = small_half();
+        std::memcpy(&blocks[at], &half, 2);
+    };
+    const std::size_t n = static_cast<std::size_t>(rows) * columns;
+    if (const covey::Format* format = covey::find_format(type)) {
+        blocks.resize(n / format->columns * format->file_bytes);
+        for (uint8_t& byte : blocks) byte = static_cast<uint8_t>(random_bits());
+        for (std::size_t at = 0; at < blocks.size(); at += format->file_bytes) {
+            put_half(at + format->scale_offset);
+            if (!format->is_centred) put_half(at + format->minimum_offset);
+        }
+        return blocks;
+    }
+    blocks.resize(n * (type == COVEY_F32 ? 4 : 2));
+    for (std::size_t i = 0; i < n; i++) {
+        const float weight = uniform(-0.01f, 0.01f);
+        if (type == COVEY_F32) std::memcpy(&blocks[4 * i], &weight, 4);
+        if (type == COVEY_BF16)  // the upper half, in little-endian order
+            std::memcpy(&blocks[2 * i], reinterpret_cast<const uint8_t*>(&weight) + 2, 2);
+        if (type == COVEY_F16) put_half(2 * i);
+    }
+    return blocks;
+}
+
 struct Packed {
     Packed(int type, int rows, int columns)
         : bytes(static_cast<std::size_t>(covey_packed_bytes(type, rows, columns))),
           matrix{type, rows, columns, 0, bytes.get()} {
-        const int halves = type == COVEY_Q4_1 ? 2 : type == COVEY_Q8_0 ? 1 : 32;
-        const int per_block = type == COVEY_Q4_1 ? 20 : type == COVEY_Q8_0 ? 34 : 64;
-        Exact<uint8_t> blocks(static_cast<std::size_t>(rows) * (columns / 32) * per_block);
-        for (std::size_t i = 0; i < blocks.size; i++)
-            blocks.get()[i] = static_cast<uint8_t>(random_bits());
-        for (std::size_t at = 0; at < blocks.size; at += per_block)
-            for (int i = 0; i < halves; i++) {
-                const uint16_t half = small_half();
-                std::memcpy(blocks.get() + at + 2 * i, &half, 2);
-            }
-        CHECK(covey_pack(type, rows, columns, blocks.get(), bytes.get()) == COVEY_OK);
-        Exact<uint8_t> back(blocks.size);
-        CHECK(covey_unpack(type, rows, columns, bytes.get(), back.get()) == COVEY_OK);
-        CHECK(std::memcmp(back.get(), blocks.get(), blocks.size) == 0);
+        const std::vector<uint8_t> blocks = random_blocks(type, rows, columns);
+        CHECK(covey_pack(type, rows, columns, blocks.data(), bytes.get()) == COVEY_OK);
     }
     Exact<uint8_t> bytes;
     covey_matrix matrix;
@@ -99,16 +116,42 @@ struct Model {
 
 struct Session {
     Session(const covey_shape& s, int n_blocks, int64_t positions)
-        : capacity((positions + COVEY_TILE - 1) / COVEY_TILE * COVEY_TILE),
-          keys(n_blocks * s.n_kv_heads * capacity * s.head_dim),
-          values(keys.size),
-          cache{keys.get(), values.get(), capacity} {}
-    int64_t capacity;
-    Exact<uint16_t> keys, values;
-    covey_cache cache;
+        : n_pages(static_cast<int>((positions + COVEY_TILE - 1) / COVEY_TILE)) {
+        const auto bytes = static_cast<std::size_t>(covey_page_bytes(&s, n_blocks));
+        for (int i = 0; i < n_pages; i++) {
+            memory.push_back(std::make_unique<Exact<uint8_t>>(bytes));
+            // What a page held before must not matter.
+            std::memset(memory.back()->get(), 0xFF, bytes);
+            pages.push_back(memory.back()->get());
+        }
+    }
+    covey_run run(int64_t position, int n_rows) const {
+        return {pages.data(), n_pages, n_rows, position};
+    }
+    int n_pages;
+    std::vector<std::unique_ptr<Exact<uint8_t>>> memory;
+    std::vector<uint8_t*> pages;
 };
 
 constexpr int kPositions = 300;
+
+// Angles of all positions.
+struct Angles {
+    explicit Angles(const covey_shape& s)
+        : cosines(static_cast<std::size_t>(kPositions) * (s.rope_dim / 2)),
+          sines(cosines.size),
+          rope{cosines.get(), sines.get(), kPositions} {
+        const int width = s.rope_dim / 2;
+        for (int row = 0; row < kPositions; row++)
+            for (int i = 0; i < width; i++) {
+                const float angle = static_cast<float>(row) / static_cast<float>(1 + i * i);
+                cosines.get()[row * width + i] = std::cos(angle);
+                sines.get()[row * width + i] = std::sin(angle);
+            }
+    }
+    Exact<float> cosines, sines;
+    covey_rope rope;
+};
 
 // Runs rows [0, n) in calls of the given sizes, repeated; returns all hidden states.
 std::vector<float> run(Model& model, Engine& engine, Session& session, const std::vector<float>& x,
@@ -116,21 +159,15 @@ std::vector<float> run(Model& model, Engine& engine, Session& session, const std
     const covey_shape& s = model.shape;
     std::vector<covey_block> blocks(2, model.block);
     std::vector<float> out = x;
+    const Angles angles(s);
     const int n = static_cast<int>(x.size()) / s.hidden_size;
     for (int at = 0, call = 0; at < n; call++) {
         const int rows = std::min(sizes[call % sizes.size()], n - at);
         Exact<float> hidden(static_cast<std::size_t>(rows) * s.hidden_size);
-        Exact<float> cosines(static_cast<std::size_t>(rows) * (s.rope_dim / 2)), sines(cosines.size);
         std::memcpy(hidden.get(), &x[static_cast<std::size_t>(at) * s.hidden_size], hidden.size * 4);
-        for (int row = 0; row < rows; row++)
-            for (int i = 0; i < s.rope_dim / 2; i++) {
-                const float angle = static_cast<float>(at + row) / static_cast<float>(1 + i * i);
-                cosines.get()[row * (s.rope_dim / 2) + i] = std::cos(angle);
-                sines.get()[row * (s.rope_dim / 2) + i] = std::sin(angle);
-            }
-        CHECK(covey_span_forward(engine.handle, &s, blocks.data(), 2, &session.cache, cosines.get(),
-                                 sines.get(), at, rows, hidden.get(),
-                                 COVEY_ATTENTION | COVEY_MLP) == COVEY_OK);
+        const covey_run part = session.run(at, rows);
+        CHECK(covey_span_forward(engine.handle, &s, blocks.data(), 2, &part, 1, &angles.rope,
+                                 hidden.get(), COVEY_ATTENTION | COVEY_MLP) == COVEY_OK);
         std::memcpy(&out[static_cast<std::size_t>(at) * s.hidden_size], hidden.get(), hidden.size * 4);
         at += rows;
     }
@@ -142,6 +179,34 @@ bool same(const std::vector<float>& a, const std::vector<float>& b) {
     return std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
 
+// Sessions of different lengths, decoding and prefilling in one call, equal those alone.
+void check_batch(Model& model, Engine& engine, const std::vector<float>& x,
+                 const std::vector<float>& expected) {
+    const covey_shape& s = model.shape;
+    const Angles angles(s);
+    const std::vector<covey_block> blocks(2, model.block);
+    const int lengths[] = {0, 299, 63, 150}, added[] = {250, 1, 2, 1};
+    std::vector<std::unique_ptr<Session>> sessions;
+    std::vector<covey_run> runs;
+    std::vector<float> hidden;
+    for (int i = 0; i < 4; i++) {
+        sessions.push_back(std::make_unique<Session>(s, 2, kPositions));
+        const std::size_t begin = static_cast<std::size_t>(lengths[i]) * s.hidden_size;
+        run(model, engine, *sessions[i], {x.begin(), x.begin() + begin}, {kPositions});
+        runs.push_back(sessions[i]->run(lengths[i], added[i]));
+        hidden.insert(hidden.end(), &x[begin], &x[begin] + added[i] * s.hidden_size);
+    }
+    CHECK(covey_span_forward(engine.handle, &s, blocks.data(), 2, runs.data(), 4, &angles.rope,
+                             hidden.data(), COVEY_ATTENTION | COVEY_MLP) == COVEY_OK);
+    const float* result = hidden.data();
+    for (int i = 0; i < 4; i++) {
+        const std::size_t n = static_cast<std::size_t>(added[i]) * s.hidden_size;
+        CHECK(std::memcmp(result, &expected[static_cast<std::size_t>(lengths[i]) * s.hidden_size],
+                          n * sizeof(float)) == 0);
+        result += n;
+    }
+}
+
 void check_model(const covey_shape& shape, int type) {
     Model model(shape, type);
     Engine one(1), three(3);
@@ -151,16 +216,21 @@ void check_model(const covey_shape& shape, int type) {
     const std::vector<float> expected = run(model, one, single, x, {1});
     CHECK(same(expected, run(model, three, chunked, x, {1, 2, 3, 5, 8, 17, 31})));
     CHECK(same(expected, run(model, three, whole, x, {kPositions})));
-    CHECK(std::memcmp(single.keys.get(), whole.keys.get(), single.keys.size * 2) == 0);
-    CHECK(std::memcmp(single.values.get(), chunked.values.get(), single.values.size * 2) == 0);
+    for (int i = 0; i < single.n_pages; i++) {
+        const std::size_t bytes = single.memory[i]->size;
+        CHECK(std::memcmp(single.pages[i], whole.pages[i], bytes) == 0);
+        CHECK(std::memcmp(single.pages[i], chunked.pages[i], bytes) == 0);
+    }
+    check_batch(model, three, x, expected);
 
     // Halves add up to a block: hidden + attention part, then + MLP part.
     Session halves(shape, 1, 1), block(shape, 1, 1);
-    const std::vector<float> angles(static_cast<std::size_t>(shape.rope_dim) / 2 + 1, 0.5f);
+    const Angles angles(shape);
     std::vector<float> together(x.begin(), x.begin() + shape.hidden_size), sum = together;
     const auto forward = [&](Session& session, std::vector<float>& hidden, uint32_t parts) {
-        return covey_span_forward(one.handle, &shape, &model.block, 1, &session.cache, angles.data(),
-                                  angles.data(), 0, 1, hidden.data(), parts);
+        const covey_run run = session.run(0, 1);
+        return covey_span_forward(one.handle, &shape, &model.block, 1, &run, 1, &angles.rope,
+                                  hidden.data(), parts);
     };
     CHECK(forward(block, together, COVEY_ATTENTION | COVEY_MLP) == COVEY_OK);
     for (uint32_t half : {COVEY_ATTENTION, COVEY_MLP}) {
@@ -173,10 +243,17 @@ void check_model(const covey_shape& shape, int type) {
     CHECK(forward(block, together, 0) == COVEY_INVALID);
     covey_shape wrong = shape;
     wrong.intermediate_size += 32;
-    CHECK(covey_span_forward(one.handle, &wrong, &model.block, 1, &block.cache, angles.data(),
-                             angles.data(), 0, 1, together.data(), 3) == COVEY_INVALID);
-    CHECK(covey_span_forward(one.handle, &shape, &model.block, 1, &block.cache, angles.data(),
-                             angles.data(), COVEY_TILE, 1, together.data(), 3) == COVEY_INVALID);
+    const auto refused = [&](const covey_shape& s, const covey_run& run) {
+        CHECK(covey_span_forward(one.handle, &s, &model.block, 1, &run, 1, &angles.rope,
+                                 together.data(), 3) == COVEY_INVALID);
+    };
+    refused(wrong, block.run(0, 1));
+    refused(shape, block.run(COVEY_TILE, 1));
+    refused(shape, block.run(-1, 1));
+    refused(shape, block.run(INT64_MAX, 1));
+    refused(shape, block.run(0, 0));
+    uint8_t* const none[1] = {nullptr};
+    refused(shape, {none, 1, 1, 0});
 }
 
 void check_head(int type, int vocabulary, int columns) {
@@ -194,6 +271,23 @@ void check_head(int type, int vocabulary, int columns) {
         CHECK(covey_head_logits(two.handle, &matrix.matrix, norm.get(), 1e-5f,
                                 hidden.get() + row * columns, 1, single.get()) == COVEY_OK);
         CHECK(std::memcmp(single.get(), logits.get() + row * vocabulary, vocabulary * 4) == 0);
+    }
+}
+
+// Rows one at a time and all together, of a matrix with an odd number of rows.
+void check_product(int type) {
+    constexpr int kRows = 37, kColumns = 512, kMost = 33;
+    Packed matrix(type, kRows, kColumns);
+    Engine two(2);
+    Exact<float> x(kMost * kColumns), y(kMost * kRows), single(kRows);
+    for (std::size_t i = 0; i < x.size; i++) x.get()[i] = uniform(-2, 2);
+    for (int n_rows : {1, 2, 3, 5, 11, 12, 14, kMost}) {
+        CHECK(covey_multiply(two.handle, &matrix.matrix, x.get(), n_rows, y.get()) == COVEY_OK);
+        for (int row = 0; row < n_rows; row++) {
+            CHECK(covey_multiply(two.handle, &matrix.matrix, x.get() + row * kColumns, 1,
+                                 single.get()) == COVEY_OK);
+            CHECK(std::memcmp(single.get(), y.get() + row * kRows, kRows * 4) == 0);
+        }
     }
 }
 
@@ -218,14 +312,18 @@ int main() {
     CHECK(covey_abi_version() == COVEY_ABI_VERSION);
     CHECK(covey_packed_bytes(COVEY_Q4_1, 16, 31) < 0 && covey_packed_bytes(99, 16, 32) < 0);
     CHECK(covey_packed_bytes(COVEY_Q8_0, 0, 32) < 0 && covey_packed_bytes(COVEY_F16, 1, -32) < 0);
+    CHECK(covey_packed_bytes(COVEY_Q4_K, 16, 128) < 0 && covey_packed_bytes(COVEY_Q6_K, 1, 257) < 0);
     CHECK(covey_engine_new(0) == nullptr);
-    check_model({64, 4, 2, 16, 96, 16, 1, 1e-5f}, COVEY_Q4_1);
-    check_model({96, 9, 3, 32, 64, 32, 0, 1e-5f}, COVEY_Q8_0);
-    check_model({64, 8, 1, 80, 32, 64, 1, 1e-5f}, COVEY_Q4_1);
-    check_model({32, 2, 2, 16, 32, 0, 1, 1e-5f}, COVEY_F16);
+    check_model({64, 4, 2, 16, 96, 16, 1, 1e-5f, COVEY_KV_FP16}, COVEY_Q4_1);
+    check_model({96, 9, 3, 32, 64, 32, 0, 1e-5f, COVEY_KV_FP16}, COVEY_Q8_0);
+    check_model({64, 8, 1, 80, 32, 64, 1, 1e-5f, COVEY_KV_INT8}, COVEY_Q4_1);
+    check_model({64, 14, 1, 32, 32, 32, 1, 1e-5f, COVEY_KV_FP16}, COVEY_Q8_0);
+    check_model({32, 2, 2, 16, 32, 0, 1, 1e-5f, COVEY_KV_FP16}, COVEY_F16);
     check_head(COVEY_Q8_0, 101, 64);
     check_head(COVEY_Q4_1, 33, 32);
     check_head(COVEY_F16, 17, 96);
+    for (const covey::Format& format : covey::kFormats) check_product(format.type);
+    for (int type : {COVEY_F32, COVEY_F16, COVEY_BF16}) check_product(type);
     check_strange_numbers();
     std::printf("self-test passed\n");
 }

@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
-from gguf.quants import dequantize, quantize
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from gguf.quants import quantize
 
 from covey.node.engine.errors import (
     CacheOverflow,
@@ -26,28 +24,15 @@ from covey.node.engine.generate import generate_text
 from covey.node.engine.head import load_head
 from covey.node.engine.torch_stage import load_stage
 from covey.node.kernels.errors import KernelsUnavailable
-from covey.node.kernels.library import Engine, Library, MatrixType, load_library, row_bytes
+from covey.node.kernels.library import Engine, Library, load_library
 from covey.node.kernels.native_head import load_native_head
 from covey.node.kernels.native_stage import load_native_stage
-from covey.node.kernels.packed import pack_block
 from covey.node.model.checkpoint import Checkpoint, open_checkpoint
-from covey.node.model.config import ModelConfig
 from covey.node.model.errors import CorruptModel, UnsupportedModel
 from covey.node.model.resolve import resolve_model
 from covey.node.model.sampling import SamplingParams
-from support.tiny_models import TINY, gguf_header, tensor_entry, tiny_metadata, tiny_tensors
+from support.tiny_weights import SMALL, rows, write_quantized
 
-SMALL = replace(
-    TINY,
-    n_blocks=3,
-    hidden_size=96,
-    n_heads=6,
-    n_kv_heads=2,
-    head_dim=32,
-    rope_dim=32,
-    intermediate_size=160,
-    context_length=1024,
-)
 PROMPTS = (
     "Why is the sky blue?",
     "Write a short poem about the sea.",
@@ -60,22 +45,6 @@ PROMPTS = (
     "Write a Python function that adds two numbers.",
     "What is photosynthesis?",
 )
-
-
-def write_quantized(
-    path: Path, config: ModelConfig, kind: str, *, break_scale: bool = False
-) -> Path:
-    """A tiny model whose matrices are of one GGUF type; norms stay F32."""
-    entries, data = [], b""
-    for name, tensor in tiny_tensors(config).items():
-        as_type = GGMLQuantizationType.F32 if tensor.ndim == 1 else GGMLQuantizationType[kind]
-        raw = quantize(tensor, as_type).tobytes()
-        if break_scale and name == "blk.1.attn_output.weight":
-            raw = raw[:40] + b"\x00\x7e" + raw[42:]  # a NaN in the third block's scale
-        entries.append(tensor_entry(name, tensor.shape[::-1], int(as_type), len(data)))
-        data += raw + b"\0" * (-len(raw) % 32)
-    path.write_bytes(gguf_header(tiny_metadata(config), entries) + data)
-    return path
 
 
 @pytest.fixture(scope="module", params=["portable", "best"])
@@ -101,11 +70,6 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]:
         resolve_model("smollm2"), cache_dir=tmp_path_factory.mktemp("cache")
     ) as opened:
         yield opened
-
-
-def rows(n: int, config: ModelConfig = SMALL, seed: int = 0) -> Any:
-    random = np.random.default_rng(seed)
-    return random.normal(size=(n, config.hidden_size)).astype(np.float32)
 
 
 def run(stage: Any, hidden: Any, sizes: list[int]) -> Any:
@@ -205,9 +169,10 @@ def test_chunks_and_threads_change_no_bit(
     expected = run(single, hidden, [1])
     for sizes in ([330], [128], [1, 2, 3, 5, 7, 11, 13, 40]):
         assert np.array_equal(run(chunked, hidden, sizes), expected)
-        keys, values = chunked._sessions["s"].arrays
-        assert np.array_equal(keys, single._sessions["s"].arrays[0])
-        assert np.array_equal(values, single._sessions["s"].arrays[1])
+        pages = [stage._sessions["s"].pages.table for stage in (single, chunked)]
+        assert len(pages[0]) == 6
+        for one, other in zip(*pages, strict=True):
+            assert np.array_equal(one.memory, other.memory)
 
 
 def test_instruction_sets_give_the_same_bits(small: Checkpoint) -> None:
@@ -221,57 +186,6 @@ def test_instruction_sets_give_the_same_bits(small: Checkpoint) -> None:
     heads = [load_native_head(small, engine=Engine(each, 1)) for each in (portable, best)]
     assert np.array_equal(results[0], results[1])
     assert np.array_equal(heads[0].logits(hidden), heads[1].logits(hidden))
-
-
-@pytest.mark.parametrize("kind", list(MatrixType))
-@pytest.mark.parametrize("n_rows", [1, 7, 12, 33])
-def test_a_product_is_within_the_error_of_rounded_activations(
-    library: Library, kind: MatrixType, n_rows: int
-) -> None:
-    random = np.random.default_rng(n_rows)
-    weights = random.normal(size=(50, 2048)).astype(np.float32)
-    blocks = quantize(weights, GGMLQuantizationType(kind))
-    exact = dequantize(blocks, GGMLQuantizationType(kind)).astype(np.float64)
-    x = random.normal(size=(n_rows, 2048)).astype(np.float32)
-    packed = aligned(library.packed_bytes(kind, 50, 2048))
-    library.pack(kind, 50, 2048, blocks.reshape(-1).view(np.uint8), packed)
-    actual = Engine(library, 2).multiply(library.matrix(kind, 50, 2048, packed), x)
-    # Each activation is off by half a step at most, a step being 1/127 of its block's largest.
-    steps = np.abs(x.reshape(n_rows, -1, 32)).max(2).repeat(32, axis=1) / 127
-    bound = 0.0 if kind is MatrixType.F16 else 0.5001 * steps @ np.abs(exact).T
-    assert (np.abs(actual - x @ exact.T) <= bound + 1e-3).all()
-
-
-@given(
-    n=st.integers(1, 40),
-    columns=st.integers(1, 5),
-    scale=st.floats(1e-40, 1e20),
-    seed=st.integers(0, 99),
-)
-@settings(max_examples=40, deadline=None)
-def test_any_product_is_the_same_on_every_instruction_set(
-    n: int, columns: int, scale: float, seed: int
-) -> None:
-    random = np.random.default_rng(seed)
-    x = (random.normal(size=(n, 32 * columns)) * scale).astype(np.float32)
-    portable = load_library("portable")
-    for kind in MatrixType:
-        blocks = random.integers(0, 256, 17 * row_bytes(kind, 32 * columns), dtype=np.uint8)
-        if kind is MatrixType.F16:
-            blocks = random.normal(size=17 * 32 * columns).astype(np.float16).view(np.uint8)
-        results = []
-        for each in (portable, load_library(portable.best_isa)):
-            packed = aligned(each.packed_bytes(kind, 17, 32 * columns))
-            each.pack(kind, 17, 32 * columns, blocks, packed)
-            matrix = each.matrix(kind, 17, 32 * columns, packed)
-            results.append(Engine(each, 1).multiply(matrix, x))
-        assert np.array_equal(results[0], results[1], equal_nan=True)
-
-
-def aligned(n: int) -> Any:
-    memory = np.zeros(n + 64, dtype=np.uint8)
-    first = -memory.ctypes.data % 64
-    return memory[first : first + n]
 
 
 def test_a_stage_cut_in_two_computes_the_same(small: Checkpoint, library: Library) -> None:
@@ -336,26 +250,6 @@ def test_input_is_not_modified_and_may_be_strided(small: Checkpoint, library: Li
     assert np.array_equal(run(stage, strided, [6]), run(stage, strided.copy(), [6]))
 
 
-def test_packing_loses_nothing(small: Checkpoint, library: Library) -> None:
-    for block_idx in range(SMALL.n_blocks):
-        block = pack_block(library, small, block_idx)
-        for field, name in small.block_tensors(block_idx).items():
-            if field in block.norms:
-                continue
-            matrix = block.matrices[field]
-            back = library.unpack(matrix.kind, matrix.rows, matrix.columns, matrix.data)
-            assert back.tobytes() == bytes(small.source.raw(name))
-
-
-def test_weights_without_a_kernel_are_refused_by_name(tmp_path: Path) -> None:
-    path = write_quantized(tmp_path / "q50.gguf", SMALL, "Q5_0")
-    with (
-        open_checkpoint(path, cache_dir=tmp_path) as checkpoint,
-        pytest.raises(UnsupportedModel, match=r"Q5_0 of tensor 'blk\.0\.attn_q\.weight'"),
-    ):
-        load_native_stage(checkpoint, (0, 3))
-
-
 def test_a_scale_that_is_nan_is_refused_with_its_place(tmp_path: Path) -> None:
     path = write_quantized(tmp_path / "nan.gguf", SMALL, "Q4_1", break_scale=True)
     with open_checkpoint(path, cache_dir=tmp_path) as checkpoint:
@@ -391,7 +285,7 @@ def test_logits_are_close_to_those_of_torch(small: Checkpoint, library: Library)
 
 
 def test_an_instruction_set_that_the_cpu_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(KernelsUnavailable, match="not 'cray'"):
+    with pytest.raises(KernelsUnavailable, match="'cray'"):
         load_library("cray")
     load_library.cache_clear()
     monkeypatch.setenv("COVEY_KERNELS", "portable")

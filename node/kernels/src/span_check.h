@@ -1,0 +1,14 @@
+// Whether a call's shapes fit each other: what is refused before any row is touched.
+#pragma once
+
+#include <cstdint>
+
+#include "abi.h"
+
+namespace covey {
+
+bool is_shape(const covey_shape& shape);
+bool fits(const covey_block& block, const covey_shape& shape, uint32_t parts);
+bool fits(const covey_run& run, const covey_rope& rope);
+
+}  // namespace covey
