@@ -127,18 +127,6 @@ class Checkpoint:
         parts = block_parts(self.names, self.config, block_idx)
         return {name: part.resolve(self.source) for name, part in parts.items()}
 
-    def block_tensors(self, block_idx: int) -> dict[str, str]:
-        """Field -> the file's tensor name, of plain Llama, where each is a tensor of its own.
-
-        Raises:
-            IndexError: no such block.
-            UnsupportedModel: another architecture, see `block_parts`.
-        """
-        parts = self.block_parts(block_idx)
-        if self.config.features() or self.names.is_fused:
-            raise UnsupportedModel(f"{self.config.architecture} by whole tensors", ("llama",))
-        return {name: part.tensor for name, part in parts.items()}
-
     def raw(self, part: TensorSlice) -> memoryview:
         """The bytes of one slice, read-only and not copied."""
         return part.raw(self.source)

@@ -14,6 +14,7 @@ from covey.node.engine.head import load_head
 from covey.node.engine.stage import Stage
 from covey.node.engine.tensors import HiddenStates
 from covey.node.engine.torch_stage import load_stage
+from covey.node.engines import weight_sizes
 from covey.node.model.checkpoint import Checkpoint, open_checkpoint
 from support.tiny_architectures import N_TOKENS, TINIES, VOCAB, make, write_gguf
 
@@ -113,8 +114,17 @@ def test_spans_and_rewinds_give_the_same_bits(made: Made) -> None:
         assert np.array_equal(embedded, whole[14:21])
 
 
+def test_bf16_is_close(made: Made) -> None:
+    with opened(made, "gguf") as checkpoint:
+        n_blocks = checkpoint.config.n_blocks
+        stage, head = load_stage(checkpoint, (0, n_blocks), "bf16"), load_head(checkpoint, "bf16")
+        logits = head.logits(run([stage], head.embed(made.ids), 7))
+    error = np.abs(logits - made.expected).mean() / np.abs(made.expected).mean()
+    assert error < 0.1
+
+
 def test_sizes_are_what_the_planner_is_told(made: Made) -> None:
     with opened(made, "safetensors") as checkpoint:
-        stage, config = load_stage(checkpoint, (1, 3)), checkpoint.config
-    assert stage.weight_bytes == 2 * 4 * config.block_weights
-    assert stage.kv_bytes_per_token == config.kv_bytes_per_token(2, 4)
+        stage, sizes = load_stage(checkpoint, (1, 3)), weight_sizes(checkpoint, "fp32")
+    assert stage.weight_bytes == sum(sizes.blocks[1:3])
+    assert stage.kv_bytes_per_token == 2 * sizes.kv_per_token_per_block
