@@ -31,6 +31,7 @@ from covey.node.model.errors import UnsupportedModel
 
 from .library import (
     PAGE_TOKENS,
+    Activation,
     Block,
     Bytes,
     Engine,
@@ -197,7 +198,7 @@ class NativeStage:
         )
         runs = [(held.table, step.position, len(step.hidden)) for step, held in ready.values()]
         end = max(position + n_rows for _, position, n_rows in runs)
-        self._engine.span_forward(self._shape, self._described, runs, self._rope.upto(end), out)
+        self._engine.span_forward(self._shape, self._described, runs, [self._rope.upto(end)], out)
         at = 0
         for i, (step, held) in ready.items():
             results[i] = self._finish(step, held, out[at : at + len(step.hidden)])
@@ -266,4 +267,6 @@ def _shape(config: ModelConfig, kv_type: KvType) -> Shape:
         int(config.rope_interleaved),
         config.rms_norm_eps,
         kv_type,
+        config.head_dim**-0.5,
+        Activation.SILU,
     )

@@ -29,7 +29,7 @@ from covey.node.kernels.errors import KernelsUnavailable
 from covey.node.kernels.library import Engine, Library, MatrixType, load_library, row_bytes
 from covey.node.kernels.native_head import load_native_head
 from covey.node.kernels.native_stage import load_native_stage
-from covey.node.kernels.packed import pack_block
+from covey.node.kernels.packed import pack_block, pack_matrix
 from covey.node.model.checkpoint import Checkpoint, open_checkpoint
 from covey.node.model.errors import CorruptModel, UnsupportedModel
 from covey.node.model.resolve import resolve_model
@@ -345,7 +345,11 @@ def test_a_head_dimension_that_is_not_whole_vectors_is_refused(tmp_path: Path) -
 def test_an_embedding_is_the_torch_embedding(small: Checkpoint, library: Library) -> None:
     head = load_native_head(small, engine=Engine(library, 1))
     ids = list(range(SMALL.vocab_size))
-    assert np.array_equal(head.embed(ids), load_head(small).embed(ids))
+    expected = load_head(small).embed(ids)
+    assert np.array_equal(head.embed(ids), expected)
+    matrix = pack_matrix(library, small, small.source.tensors[small.names.embedding])
+    scaled = library.embed(matrix.describe(library), np.array(ids, dtype=np.int32), 0.3)
+    assert np.array_equal(scaled, expected * np.float32(0.3))
     with pytest.raises(UnknownToken):
         head.embed([SMALL.vocab_size])
 
