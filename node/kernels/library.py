@@ -25,7 +25,8 @@ import numpy.typing as npt
 from .errors import KernelFailed, KernelsUnavailable
 from .matrix_type import MatrixType
 
-ABI_VERSION = 2
+ABI_VERSION = 3
+NO_ROPE = -1  # in place of a table's index
 PAGE_TOKENS = 64  # positions in a page of the KV cache
 ISA_VARIABLE = "COVEY_KERNELS"  # names the instruction set to use in place of the best one
 
@@ -49,6 +50,16 @@ class KvType(IntEnum):
     INT8 = 1
 
 
+class Activation(IntEnum):
+    """What the gate of an MLP goes through; GELU by its tanh form."""
+
+    SILU = 0
+    GELU_TANH = 1
+
+
+NO_ROPE = -1  # `Block.rope` of blocks that do not rotate
+
+
 class Matrix(Structure):
     """`covey_matrix`."""
 
@@ -62,12 +73,17 @@ class Matrix(Structure):
 
 
 class Block(Structure):
-    """`covey_block`."""
+    """`covey_block`; zeros behind `down` are a block of Llama."""
 
     _fields_ = (
         ("attn_norm", c_void_p),
         ("ffn_norm", c_void_p),
         *((name, Matrix) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        *((name, c_void_p) for name in ("q_bias", "k_bias", "v_bias", "q_norm", "k_norm")),
+        *((name, c_void_p) for name in ("post_attn_norm", "post_ffn_norm", "router")),
+        ("experts", POINTER(Matrix)),
+        ("window", c_int32),
+        ("rope", c_int32),
     )
 
 
@@ -84,6 +100,11 @@ class Shape(Structure):
         ("rope_interleaved", c_int32),
         ("rms_norm_eps", c_float),
         ("kv_type", c_int32),
+        ("attention_scale", c_float),
+        ("activation", c_int32),
+        ("n_experts", c_int32),
+        ("n_experts_used", c_int32),
+        ("renormalize_experts", c_int32),
     )
 
 
@@ -137,10 +158,10 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         c_int32,
         [
             *(c_void_p, POINTER(Shape), POINTER(Block), c_int32, POINTER(Run), c_int32),
-            *(POINTER(Rope), c_void_p, c_uint32),
+            *(POINTER(Rope), c_int32, c_void_p, c_uint32),
         ],
     ),
-    "covey_embed": (c_int32, [POINTER(Matrix), c_void_p, c_int32, c_void_p]),
+    "covey_embed": (c_int32, [POINTER(Matrix), c_void_p, c_int32, c_float, c_void_p]),
     "covey_head_logits": (
         c_int32,
         [c_void_p, POINTER(Matrix), c_void_p, c_float, c_void_p, c_int32, c_void_p],
@@ -195,13 +216,13 @@ class Library:
         _require(out.flags.writeable, "a packed matrix is written to")
         self._call("covey_pack", kind, rows, columns, blocks.ctypes.data, out.ctypes.data)
 
-    def embed(self, embedding: Matrix, ids: npt.NDArray[np.int32]) -> Floats:
-        """Rows [len(ids), D] of a matrix made by `matrix`; ids must be in range."""
+    def embed(self, embedding: Matrix, ids: npt.NDArray[np.int32], scale: float = 1.0) -> Floats:
+        """Rows [len(ids), D] of a matrix made by `matrix`, times scale; ids must be in range."""
         _check_array(ids, np.int32, (len(ids),))
         _require(len(ids) > 0, "no ids")
         _require(int(ids.min()) >= 0 and int(ids.max()) < embedding.rows, "an id out of range")
         out = np.empty((len(ids), embedding.columns), dtype=np.float32)
-        self._call("covey_embed", embedding, ids.ctypes.data, len(ids), out.ctypes.data)
+        self._call("covey_embed", embedding, ids.ctypes.data, len(ids), scale, out.ctypes.data)
         return out
 
     def matrix(self, kind: MatrixType, rows: int, columns: int, packed: Bytes) -> Matrix:
@@ -244,7 +265,7 @@ class Engine:
         shape: Shape,
         blocks: ctypes.Array[Block],
         runs: Sequence[tuple[PageTable, int, int]],
-        angles: tuple[Floats, Floats],
+        ropes: Sequence[tuple[Floats, Floats]],
         hidden: Floats,
         parts: Parts = Parts.BLOCK,
     ) -> None:
@@ -255,23 +276,28 @@ class Engine:
             blocks: whose matrices are alive.
             runs: (pages, position, n_rows) of sessions, each another one, in the order of their
                 rows; pages of `Library.page_bytes` of this shape and as many blocks.
-            angles: cosines and sines [n_positions, rope_dim/2] from position 0 on.
+            ropes: one or two tables, cosines and sines [n_positions, rope_dim/2] from position 0
+                on; `Block.rope` says which.
             hidden: float32, contiguous, writable.
             parts: which half, or both.
         """
         n_rows = sum(run[2] for run in runs)
         _check_array(hidden, np.float32, (n_rows, shape.hidden_size))
         _require(hidden.flags.writeable and n_rows > 0, "hidden states are written to")
-        for table in angles:
-            _check_array(table, np.float32, (len(angles[0]), shape.rope_dim // 2))
+        _require(1 <= len(ropes) <= 2, "one or two tables of angles")
+        for cosines, sines in ropes:
+            for table in (cosines, sines):
+                _check_array(table, np.float32, (len(cosines), shape.rope_dim // 2))
         page_bytes = self.library.page_bytes(shape, len(blocks))
         _require(all(run[0].page_bytes == page_bytes for run in runs), "pages of another shape")
         described = (Run * len(runs))(*(table.run(at, n) for table, at, n in runs))
-        rope = Rope(angles[0].ctypes.data, angles[1].ctypes.data, len(angles[0]))
+        tables = (Rope * len(ropes))(
+            *(Rope(cos.ctypes.data, sin.ctypes.data, len(cos)) for cos, sin in ropes)
+        )
         self._call(
             "covey_span_forward",
             *(shape, blocks, len(blocks), described, len(runs)),
-            *(rope, hidden.ctypes.data, int(parts)),
+            *(tables, len(tables), hidden.ctypes.data, int(parts)),
         )
 
     def head_logits(self, output: Matrix, norm: Floats, eps: float, hidden: Floats) -> Floats:

@@ -84,7 +84,8 @@ class NativeHead:
         for token in ids:
             if not 0 <= token < self.vocab_size:
                 raise UnknownToken(token, self.vocab_size)
-        return self._engine.library.embed(self._embedding, np.array(ids, dtype=np.int32))
+        tokens = np.array(ids, dtype=np.int32)
+        return self._engine.library.embed(self._embedding, tokens, self._config.embedding_scale)
 
     def logits(self, hidden: HiddenStates) -> npt.NDArray[np.float32]:
         """See `Head.logits`."""

@@ -22,7 +22,7 @@ from covey.node.engine.errors import (
     PositionGap,
     UnknownSession,
 )
-from covey.node.engine.rope import RopeTable
+from covey.node.engine.rope import RopeTables
 from covey.node.engine.stage import Step, StepResult
 from covey.node.engine.tensors import EngineDtype, HiddenStates, check_hidden
 from covey.node.model.checkpoint import Checkpoint
@@ -30,7 +30,9 @@ from covey.node.model.config import ModelConfig
 from covey.node.model.errors import UnsupportedModel
 
 from .library import (
+    NO_ROPE,
     PAGE_TOKENS,
+    Activation,
     Block,
     Bytes,
     Engine,
@@ -107,6 +109,7 @@ class _Session:
 
     pages: SessionPages[Bytes]
     table: PageTable
+    is_long: bool  # see `ModelConfig.is_long`
 
 
 class NativeStage:
@@ -130,10 +133,15 @@ class NativeStage:
         self._config = config
         self._shape = shape
         self._blocks = blocks  # keeps alive what `_described` points to
-        described = [block.describe(engine.library) for block in blocks]
+        self._ropes = RopeTables(config, range(*span))
+        # The library's tables, by index; a block without rope needs none.
+        self._tables = [kind for kind in self._ropes.kinds if kind != "none"]
+        described = [
+            block.describe(engine.library, window=config.window(idx), rope=self._rope_of(idx))
+            for idx, block in enumerate(blocks, span[0])
+        ]
         self._described: ctypes.Array[Block] = (Block * len(blocks))(*described)
         self._engine = engine
-        self._rope = RopeTable(config)
         self._page_bytes = engine.library.page_bytes(shape, len(blocks))
         self.kv_bytes_per_token = self._page_bytes // PAGE_TOKENS
         self._pool: PagePool[Bytes] = PagePool(
@@ -161,8 +169,11 @@ class NativeStage:
                 capacity_tokens=self._config.context_length,
             )
         self.close_session(session)  # before the new one is made, not after
+        is_long = self._config.is_long(n_tokens)
+        if is_long:  # its keys are rotated by other angles than a short session's
+            prefix = [key + b"long" for key in prefix]
         pages = self._pool.open(n_tokens, prefix)
-        self._sessions[session] = _Session(pages, self._addresses(pages))
+        self._sessions[session] = _Session(pages, self._addresses(pages), is_long)
         return pages.length
 
     def close_session(self, session: str) -> None:
@@ -197,8 +208,18 @@ class NativeStage:
                 ready[i] = (step, self._prepare(step))
             except EngineError as error:
                 results[i] = error
-        if not ready:
-            return
+        for is_long in (False, True):
+            group = {i: each for i, each in ready.items() if each[1].is_long == is_long}
+            if group:
+                self._run(group, results, is_long=is_long)
+
+    def _run(
+        self,
+        ready: dict[int, tuple[Step, _Session]],
+        results: dict[int, StepResult],
+        *,
+        is_long: bool,
+    ) -> None:
         rows = [step.hidden for step, _ in ready.values()]
         out = (
             np.array(rows[0], dtype=np.float32, order="C")
@@ -207,7 +228,9 @@ class NativeStage:
         )
         runs = [(held.table, step.position, len(step.hidden)) for step, held in ready.values()]
         end = max(position + n_rows for _, position, n_rows in runs)
-        self._engine.span_forward(self._shape, self._described, runs, self._rope.upto(end), out)
+        tables = self._ropes.upto(end, is_long=is_long)
+        ropes = [tables[kind] for kind in self._tables]
+        self._engine.span_forward(self._shape, self._described, runs, ropes, out)
         at = 0
         for i, (step, held) in ready.items():
             results[i] = self._finish(step, held, out[at : at + len(step.hidden)])
@@ -241,6 +264,10 @@ class NativeStage:
             held.table = self._addresses(held.pages)
         return out
 
+    def _rope_of(self, block_idx: int) -> int:
+        kind = self._config.rope_kind(block_idx)
+        return NO_ROPE if kind == "none" else self._tables.index(kind)
+
     def _addresses(self, pages: SessionPages[Bytes]) -> PageTable:
         return PageTable([page.memory for page in pages.table], self._page_bytes)
 
@@ -249,6 +276,9 @@ class NativeStage:
             return page_memory(self._page_bytes)
         except OSError as error:
             raise CacheFull(needed_bytes=self._page_bytes, free_bytes=0) from error
+
+
+_ACTIVATIONS = {"silu": Activation.SILU, "gelu_tanh": Activation.GELU_TANH}
 
 
 def _copy(source: Bytes, target: Bytes) -> None:
@@ -261,10 +291,6 @@ def kernel_shape(config: ModelConfig, kv_type: KvType = KvType.FP16) -> Shape:
     Raises:
         UnsupportedModel: widths that are not whole vectors.
     """
-    if config.features():
-        raise UnsupportedModel(
-            f"{config.features()[0]} ({config.architecture}) in the native engine", ("plain Llama",)
-        )
     if config.head_dim % 16:
         raise UnsupportedModel(f"head_dim = {config.head_dim}", ("multiples of 16",))
     for field in ("hidden_size", "intermediate_size"):
@@ -280,4 +306,9 @@ def kernel_shape(config: ModelConfig, kv_type: KvType = KvType.FP16) -> Shape:
         int(config.rope_interleaved),
         config.rms_norm_eps,
         kv_type,
+        config.score_scale,
+        _ACTIVATIONS[config.activation],
+        config.n_experts,
+        config.n_experts_used,
+        int(config.normalizes_experts),
     )

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import numpy as np
 
 from covey.node.model.checkpoint import Checkpoint
 from covey.node.model.errors import CorruptModel, UnsupportedModel
+from covey.node.model.layouts import expert_field
 from covey.node.model.tensor_source import TensorInfo, TensorSlice
 
 from .library import Block, Bytes, Floats, Library, Matrix
@@ -46,12 +48,25 @@ class PackedBlock:
     matrices: Mapping[str, PackedMatrix]  # by field of `Checkpoint.block_parts`
     floats: Mapping[str, Floats]  # norms, biases, the router
 
-    def describe(self, library: Library) -> Block:
-        """What the library is told of it; keep this object alive meanwhile."""
-        return Block(
-            *(self.floats[name].ctypes.data for name in ("attn_norm", "ffn_norm")),
-            *(self.matrices[name].describe(library) for name in MATRICES),
-        )
+    def describe(self, library: Library, *, window: int = 0, rope: int = 0) -> Block:
+        """What the library is told of it; keep this object and the result alive meanwhile.
+
+        Args:
+            library: that will be told.
+            window: positions that a position sees, its own included; 0 is all.
+            rope: index of the block's rope table, or NO_ROPE.
+        """
+        described = {name: matrix.describe(library) for name, matrix in self.matrices.items()}
+        fields: dict[str, Any] = {name: values.ctypes.data for name, values in self.floats.items()}
+        fields |= {name: described[name] for name in MATRICES if name in described}
+        if "router" in self.floats:
+            experts = [
+                described[expert_field(name, expert)]
+                for expert in range(len(self.floats["router"]))
+                for name in ("gate", "up", "down")
+            ]
+            fields["experts"] = (Matrix * len(experts))(*experts)
+        return Block(**fields, window=window, rope=rope)
 
 
 def block_bytes(library: Library, parts: Mapping[str, TensorSlice]) -> int:

@@ -139,28 +139,6 @@ class ModelConfig:
         mlp = 3 * self.intermediate_size * hidden * max(self.n_experts, 1)
         return attention + mlp + self.n_experts * hidden + 2 * hidden * (1 + self.has_post_norms)
 
-    def features(self) -> tuple[str, ...]:
-        """What an engine must compute beyond plain Llama, by name; () for plain Llama.
-
-        For engines that have some and must refuse the others.
-        """
-        kinds = set(self.rope_kinds)
-        present = {
-            "sliding window": any(self.windows),
-            "local rope": "local" in kinds,
-            "blocks without rope": "none" in kinds,
-            "long rope": bool(self.rope_long_factors),
-            "scaled rope": self.rope_scale != 1.0,
-            "attention scale": self.attention_scale is not None,
-            "embedding scale": self.embedding_scale != 1.0,
-            "gelu_tanh": self.activation == "gelu_tanh",
-            "q/k/v bias": self.has_qkv_bias,
-            "q/k norm": self.has_qk_norm,
-            "post norms": self.has_post_norms,
-            "experts": self.n_experts > 0,
-        }
-        return tuple(name for name, is_there in present.items() if is_there)
-
     def canonical(self) -> dict[str, object]:
         """The fields as JSON values, the part of a model's identity that is not weights.
 

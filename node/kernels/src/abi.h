@@ -22,7 +22,7 @@
 extern "C" {
 #endif
 
-#define COVEY_ABI_VERSION 2
+#define COVEY_ABI_VERSION 3
 
 /* Matrix formats, by their numbers in GGUF. */
 enum {
@@ -54,6 +54,12 @@ enum { COVEY_TILE = 64 };
 /* Keys and values as halves, or as bytes with one float scale per position, KV head and kind. */
 enum { COVEY_KV_FP16 = 0, COVEY_KV_INT8 = 1 };
 
+/* What the gate goes through; GELU by its tanh form. */
+enum { COVEY_SILU = 0, COVEY_GELU_TANH = 1 };
+
+/* Which table a block rotates queries and keys by, other than tables 0 and 1. */
+enum { COVEY_NO_ROPE = -1 };
+
 typedef struct covey_engine covey_engine; /* threads and scratch memory */
 
 typedef struct {
@@ -64,10 +70,22 @@ typedef struct {
     const uint8_t* data; /* packed by covey_pack, aligned to 64 bytes */
 } covey_matrix;
 
+/* All zeros behind `down` is a block of Llama; NULL is a part that the model does not have. */
 typedef struct {
     const float* attn_norm; /* [hidden] */
     const float* ffn_norm;
     covey_matrix q, k, v, o, gate, up, down;
+    const float* q_bias; /* [heads * head_dim], as many as the matrix has rows */
+    const float* k_bias;
+    const float* v_bias;
+    const float* q_norm; /* [head_dim], of each head before it is rotated */
+    const float* k_norm;
+    const float* post_attn_norm; /* [hidden], of what is then added; not with PARTIAL */
+    const float* post_ffn_norm;
+    const float* router;         /* [n_experts][hidden]; with it there is no gate, up and down but */
+    const covey_matrix* experts; /* [n_experts][3]: gate, up, down */
+    int32_t window;              /* positions that a row sees, its own included; 0 is all */
+    int32_t rope;                /* 0 or 1, a table, or COVEY_NO_ROPE */
 } covey_block;
 
 typedef struct {
@@ -75,11 +93,16 @@ typedef struct {
     int32_t n_heads;
     int32_t n_kv_heads; /* divides n_heads */
     int32_t head_dim;   /* a multiple of 16 */
-    int32_t intermediate_size;
+    int32_t intermediate_size; /* of one expert, if there are experts */
     int32_t rope_dim; /* leading dimensions of a head that are rotated; even */
     int32_t rope_interleaved;
     float rms_norm_eps;
-    int32_t kv_type; /* COVEY_KV_FP16 or COVEY_KV_INT8 */
+    int32_t kv_type;       /* COVEY_KV_FP16 or COVEY_KV_INT8 */
+    float attention_scale; /* what scores are multiplied by, commonly head_dim ^ -0.5 */
+    int32_t activation;    /* COVEY_SILU or COVEY_GELU_TANH */
+    int32_t n_experts;     /* 0 in a model without */
+    int32_t n_experts_used;
+    int32_t renormalize_experts; /* weights of those used are divided by their sum */
 } covey_shape;
 
 /* Cosines and sines [n_positions][rope_dim/2] from position 0 on. */
@@ -125,11 +148,12 @@ COVEY_EXPORT int64_t covey_page_bytes(const covey_shape* shape, int32_t n_blocks
 COVEY_EXPORT int32_t covey_span_forward(covey_engine* engine, const covey_shape* shape,
                                         const covey_block* blocks, int32_t n_blocks,
                                         const covey_run* runs, int32_t n_runs,
-                                        const covey_rope* rope, float* hidden, uint32_t parts);
+                                        const covey_rope* ropes, int32_t n_ropes, float* hidden,
+                                        uint32_t parts);
 
-/* Rows `ids` of an embedding matrix [V][D], decoded to hidden [n_ids][D]. */
+/* Rows `ids` of an embedding matrix [V][D], decoded and multiplied by `scale`: hidden [n_ids][D]. */
 COVEY_EXPORT int32_t covey_embed(const covey_matrix* embedding, const int32_t* ids, int32_t n_ids,
-                                 float* hidden);
+                                 float scale, float* hidden);
 
 /* Final norm and output matrix [V][D]: hidden [n_rows][D] -> logits [n_rows][V]. */
 COVEY_EXPORT int32_t covey_head_logits(covey_engine* engine, const covey_matrix* output,

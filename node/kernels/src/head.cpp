@@ -38,11 +38,14 @@ bool is_matrix(const covey_matrix* matrix) {
 
 }  // namespace
 
-int32_t covey_embed(const covey_matrix* embedding, const int32_t* ids, int32_t n_ids, float* hidden) {
+int32_t covey_embed(const covey_matrix* embedding, const int32_t* ids, int32_t n_ids, float scale,
+                    float* hidden) {
     if (!is_matrix(embedding) || !ids || n_ids < 1 || !hidden) return COVEY_INVALID;
     for (int i = 0; i < n_ids; i++) {
         if (ids[i] < 0 || ids[i] >= embedding->rows) return COVEY_INVALID;
-        decode_row(*embedding, ids[i], hidden + int64_t{i} * embedding->columns);
+        float* row = hidden + int64_t{i} * embedding->columns;
+        decode_row(*embedding, ids[i], row);
+        for (int j = 0; j < embedding->columns; j++) row[j] *= scale;
     }
     return COVEY_OK;
 }

@@ -4,18 +4,13 @@
 #include <new>
 #include <vector>
 
-#include "dot.h"
+#include "experts.h"
+#include "gating.h"
 #include "span_attention.h"
 #include "span_check.h"
 
 namespace covey {
 namespace {
-
-// Ranges of matrix rows per thread: one is fastest for a single row, whose products take
-// microseconds; more let the others take over from a thread that was put aside.
-constexpr int kRangesOfOneRow = 1, kRangesOfMany = 4;
-
-bool is_quantized(const covey_matrix& matrix) { return !is_float_type(matrix.type); }
 
 // One pass of up to kMaxRows rows through the blocks of a span.
 class Pass {
@@ -29,8 +24,11 @@ public:
           hidden_(hidden),
           parts_(parts),
           attention_(engine, shape, rows) {
-        for (ThreadScratch& scratch : engine.scratch)
+        // Here and not in a thread, which could not throw.
+        for (ThreadScratch& scratch : engine.scratch) {
             scratch.products.reserve(2 * kMaxRows * kGroupRows);
+            if (shape.n_experts) scratch.sums.reserve(kMaxRows * kGroupRows);
+        }
     }
 
     void run(const covey_block& block, int block_idx) {
@@ -44,13 +42,36 @@ private:
                   is_quantized(block.q) || is_quantized(block.k) || is_quantized(block.v));
         project_heads(block);
         attention_.run(block, block_idx, is_quantized(block.o));
-        add_product(block.o, engine_.attended);
+        add(block.post_attn_norm, [&](int group, int thread) {
+            return multiply(engine_, block.o, group, engine_.attended, thread);
+        });
     }
 
     void mlp_half(const covey_block& block) {
+        if (block.router) return expert_half(block);
         normalize(block.ffn_norm, is_quantized(block.gate) || is_quantized(block.up));
-        gate(block);
-        add_product(block.down, engine_.gated);
+        engine_.gated.resize(n_rows_, shape_.intermediate_size);
+        const int n_units = shape_.intermediate_size / kBlockColumns;
+        // In units of 32 columns, which are quantised while they are at hand.
+        pool_.run_ranges(n_units, ranges(), 1, [&](int begin, int end, int thread) {
+            for (int unit = begin; unit < end; unit++)
+                gate_unit(engine_, shape_, block.gate, block.up, unit, engine_.normed, thread,
+                          is_quantized(block.down), engine_.gated);
+        });
+        add(block.post_ffn_norm, [&](int group, int thread) {
+            return multiply(engine_, block.down, group, engine_.gated, thread);
+        });
+    }
+
+    void expert_half(const covey_block& block) {
+        normalize(block.ffn_norm, false);
+        choose_experts(engine_, shape_, block.router);
+        run_experts(engine_, shape_, block.experts);
+        add(block.post_ffn_norm, [&](int group, int thread) {
+            float* sum = engine_.scratch[thread].sums.reserve(kMaxRows * kGroupRows);
+            add_experts(engine_, block.experts, group, n_rows_, thread, sum);
+            return sum;
+        });
     }
 
     void normalize(const float* weight, bool quantized) {
@@ -77,59 +98,46 @@ private:
     }
 
     void store_heads(const covey_matrix& matrix, int group, int column_group, int thread) {
-        const float* product = multiply(matrix, group, engine_.normed, thread);
+        const float* product = multiply(engine_, matrix, group, engine_.normed, thread);
         for (int row = 0; row < n_rows_; row++)
-            store(attention_.heads_row(row) + column_group * kGroupRows, load(product + row * kGroupRows));
+            store(attention_.heads_row(row) + column_group * kGroupRows,
+                  load(product + row * kGroupRows));
     }
 
-    // In units of 32 columns, which are quantised while they are at hand.
-    void gate(const covey_block& block) {
-        constexpr int kUnitGroups = kBlockColumns / kGroupRows;
-        Activations& gated = engine_.gated;
-        gated.resize(n_rows_, shape_.intermediate_size);
-        const bool quantized = is_quantized(block.down);
-        const int n_units = shape_.intermediate_size / kBlockColumns;
-        pool_.run_ranges(n_units, ranges(), 1, [&](int begin, int end, int thread) {
-            for (int unit = begin; unit < end; unit++) {
-                for (int i = 0; i < kUnitGroups; i++)
-                    gate_group(block, unit * kUnitGroups + i, thread);
-                if (!quantized) continue;
-                for (int row = 0; row < n_rows_; row++) gated.quantize_blocks(row, unit, 1);
-            }
-        });
-    }
-
-    void gate_group(const covey_block& block, int group, int thread) {
-        const float* gates = multiply(block.gate, group, engine_.normed, thread);
-        const float* ups = multiply(block.up, group, engine_.normed, thread, kMaxRows);
-        for (int row = 0; row < n_rows_; row++)
-            silu_times(gates + row * kGroupRows, ups + row * kGroupRows, kGroupRows,
-                       engine_.gated.row(row) + group * kGroupRows);
-    }
-
-    void add_product(const covey_matrix& matrix, const Activations& x) {
-        pool_.run_ranges(n_groups(matrix.rows), ranges(), 1, [&](int begin, int end, int thread) {
+    // Add to the hidden states what product(group, thread) gives, [n_rows][16], by way of a norm if
+    // there is one; or put it in their place.
+    template <class Product>
+    void add(const float* norm, Product product) {
+        const int width = shape_.hidden_size;
+        const bool is_added = !norm && !(parts_ & COVEY_PARTIAL);
+        float* to = norm ? engine_.added.reserve(static_cast<std::size_t>(n_rows_) * width) : hidden_;
+        pool_.run_ranges(width / kGroupRows, ranges(), 1, [&](int begin, int end, int thread) {
             for (int group = begin; group < end; group++) {
-                const float* product = multiply(matrix, group, x, thread);
+                const float* part = product(group, thread);
                 for (int row = 0; row < n_rows_; row++) {
-                    float* out = hidden_row(row) + group * kGroupRows;
-                    const F32x16 part = load(product + row * kGroupRows);
-                    store(out, !(parts_ & COVEY_PARTIAL) ? load(out) + part : part);
+                    float* out = to + int64_t{row} * width + group * kGroupRows;
+                    const F32x16 more = load(part + row * kGroupRows);
+                    store(out, is_added ? load(out) + more : more);
                 }
             }
         });
+        if (norm) add_normed(norm);
     }
 
-    // [n_rows][16] in this thread's memory; `offset` rows into it, to hold two at a time.
-    const float* multiply(const covey_matrix& matrix, int group, const Activations& x, int thread,
-                          int offset = 0) {
-        ThreadScratch& scratch = engine_.scratch[thread];
-        float* out = scratch.products.reserve(2 * kMaxRows * kGroupRows) + offset * kGroupRows;
-        multiply_group(matrix, group, x, out, scratch.unpacked);
-        return out;
+    void add_normed(const float* weight) {
+        const int width = shape_.hidden_size;
+        float* added = engine_.added.reserve(0);
+        pool_.run_ranges(n_rows_, 1, 8, [&](int begin, int end, int) {
+            for (int row = begin; row < end; row++) {
+                float* part = added + int64_t{row} * width;
+                rms_norm(part, weight, width, shape_.rms_norm_eps, part);
+                float* out = hidden_row(row);
+                for (int i = 0; i < width; i += kLanes) store(out + i, load(out + i) + load(part + i));
+            }
+        });
     }
 
-    int ranges() const { return n_rows_ == 1 ? kRangesOfOneRow : kRangesOfMany; }
+    int ranges() const { return ranges_per_thread(n_rows_); }
     float* hidden_row(int row) const { return hidden_ + int64_t{row} * shape_.hidden_size; }
 
     covey_engine& engine_;
@@ -144,9 +152,9 @@ private:
 // Cuts the rows of all runs, in order, into passes.
 class PassCutter {
 public:
-    PassCutter(const covey_run* runs, int n_runs, const covey_rope* rope)
+    PassCutter(const covey_run* runs, int n_runs, const covey_rope* ropes)
         : runs_(runs), n_runs_(n_runs) {
-        rows_.rope = rope;
+        rows_.ropes = ropes;
     }
 
     // The next rows; null at the end.
@@ -189,20 +197,21 @@ int64_t covey_page_bytes(const covey_shape* shape, int32_t n_blocks) {
 
 int32_t covey_span_forward(covey_engine* engine, const covey_shape* shape, const covey_block* blocks,
                            int32_t n_blocks, const covey_run* runs, int32_t n_runs,
-                           const covey_rope* rope, float* hidden, uint32_t parts) {
+                           const covey_rope* ropes, int32_t n_ropes, float* hidden,
+                           uint32_t parts) {
     constexpr uint32_t kBoth = COVEY_ATTENTION | COVEY_MLP;
     const uint32_t halves = parts & kBoth;
-    if (!engine || !shape || !blocks || n_blocks < 1 || !runs || n_runs < 1 || !rope || !hidden ||
+    if (!engine || !shape || !blocks || n_blocks < 1 || !runs || n_runs < 1 || !hidden ||
         !is_shape(*shape) || !halves || parts > (kBoth | COVEY_PARTIAL) ||
         (parts & COVEY_PARTIAL && (n_blocks != 1 || halves == kBoth)))
         return COVEY_INVALID;
     for (int i = 0; i < n_blocks; i++)
-        if (!fits(blocks[i], *shape, parts)) return COVEY_INVALID;
+        if (!fits(blocks[i], *shape, parts, n_ropes)) return COVEY_INVALID;
     for (int i = 0; i < n_runs; i++)
-        if (runs[i].n_rows < 1 || (parts & COVEY_ATTENTION && !fits(runs[i], *rope)))
+        if (runs[i].n_rows < 1 || (parts & COVEY_ATTENTION && !fits(runs[i], ropes, n_ropes)))
             return COVEY_INVALID;
     try {
-        PassCutter cutter(runs, n_runs, rope);
+        PassCutter cutter(runs, n_runs, ropes);
         while (const PassRows* rows = cutter.next()) {
             Pass pass(*engine, *shape, *rows, hidden, parts);
             for (int i = 0; i < n_blocks; i++) pass.run(blocks[i], i);

@@ -6,6 +6,8 @@
 #include "activations.h"
 #include "attention.h"
 #include "attention_plan.h"
+#include "dot.h"
+#include "experts.h"
 #include "memory.h"
 #include "threads.h"
 
@@ -18,7 +20,7 @@ constexpr int kMaxRows = 192;
 struct ThreadScratch {
     Buffer<uint8_t> unpacked;
     Buffer<float> products;  // [2][kMaxRows][16]
-    Buffer<float> key;       // one, rotated
+    Buffer<float> sums;      // of experts [kMaxRows][16]
     Buffer<float> softmax;
     AttentionScratch attention;
 };
@@ -34,6 +36,8 @@ struct covey_engine {
     covey::Buffer<float> heads;    // queries, keys and values [rows][(H + 2K) * E]
     covey::Buffer<float> queries;  // rotated and scaled [K][rows][H / K][E]
     covey::Buffer<float> softmax;  // of units of attention that were cut
+    covey::Buffer<float> added;    // what a norm comes before adding [rows][hidden]
+    covey::ExpertScratch experts;
 };
 
 namespace covey {
@@ -50,5 +54,20 @@ void prepare(ThreadPool& pool, Activations& x, int n_rows, int columns, bool qua
         }
     });
 }
+
+// A group's product [n_rows][16] in this thread's memory; `offset` rows into it, to hold two.
+inline float* multiply(covey_engine& engine, const covey_matrix& matrix, int group,
+                       const Activations& x, int thread, int offset = 0) {
+    ThreadScratch& scratch = engine.scratch[thread];
+    float* out = scratch.products.reserve(2 * kMaxRows * kGroupRows) + offset * kGroupRows;
+    multiply_group(matrix, group, x, out, scratch.unpacked);
+    return out;
+}
+
+// Ranges of matrix rows per thread: one is fastest for a single row, whose products take
+// microseconds; more let the others take over from a thread that was put aside.
+inline int ranges_per_thread(int n_rows) { return n_rows == 1 ? 1 : 4; }
+
+inline bool is_quantized(const covey_matrix& matrix) { return !is_float_type(matrix.type); }
 
 }  // namespace covey

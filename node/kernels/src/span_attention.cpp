@@ -1,8 +1,16 @@
 #include "span_attention.h"
 
-#include <cmath>
+#include <utility>
 
 namespace covey {
+namespace {
+
+void add_bias(const float* bias, int n, float* x) {
+    if (!bias) return;
+    for (int i = 0; i < n; i += kLanes) store(x + i, load(x + i) + load(bias + i));
+}
+
+}  // namespace
 
 SpanAttention::SpanAttention(covey_engine& engine, const covey_shape& shape, const PassRows& rows)
     : engine_(engine),
@@ -18,45 +26,65 @@ SpanAttention::SpanAttention(covey_engine& engine, const covey_shape& shape, con
     engine.queries.reserve(n_rows * query_columns_);
 }
 
-void SpanAttention::run(const covey_block&, int block_idx, bool quantized) {
+void SpanAttention::run(const covey_block& block, int block_idx, bool quantized) {
     constexpr int kShortest = 8;  // rows that are worth a thread's while
     ThreadPool& pool = engine_.pool;
     const auto by_rows = [&](auto body) {
-        pool.run_ranges(rows_.count(), 1, kShortest, [&](int begin, int end, int thread) {
-            for (int row = begin; row < end; row++) body(row, thread);
+        pool.run_ranges(rows_.count(), 1, kShortest, [&](int begin, int end, int) {
+            for (int row = begin; row < end; row++) body(row);
         });
     };
-    if (plan_.window != 0) plan_.make(shape_, rows_.runs, 0, pool.size());
-    engine_.softmax.reserve(static_cast<std::size_t>(plan_.kept_floats));
+    const AttentionPlan& plan = plan_for(block.window);
+    engine_.softmax.reserve(static_cast<std::size_t>(plan.kept_floats));
     engine_.attended.resize(rows_.count(), query_columns_);
-    by_rows([&](int row, int thread) { place_row(block_idx, row, thread); });
-    pool.run(static_cast<int>(plan_.items.size()), [&](int item, int thread) {
-        attend_item(plan_, plan_.items[item], block_idx, thread);
+    by_rows([&](int row) { place_row(block, block_idx, row); });
+    pool.run(static_cast<int>(plan.items.size()), [&](int item, int thread) {
+        attend_item(plan, plan.items[item], block_idx, thread);
     });
-    pool.run_ranges(static_cast<int>(plan_.cut_units.size()), 1, kShortest,
-                    [&](int begin, int end, int thread) {
+    pool.run_ranges(static_cast<int>(plan.cut_units.size()), 1, kShortest,
+                    [&](int begin, int end, int) {
                         for (int i = begin; i < end; i++)
-                            join_unit(plan_, plan_.units[plan_.cut_units[i]], thread);
+                            join_unit(plan.units[plan.cut_units[i]]);
                     });
-    if (quantized) by_rows([&](int row, int) { engine_.attended.quantize_row(row); });
+    if (quantized) by_rows([&](int row) { engine_.attended.quantize_row(row); });
 }
 
-// Rotates and scales a row's queries, and writes its keys and values to the cache.
-void SpanAttention::place_row(int block_idx, int row, int thread) {
+const AttentionPlan& SpanAttention::plan_for(int64_t window) {
+    if (plans_[0].window != window) std::swap(plans_[0], plans_[1]);
+    if (plans_[0].window != window) plans_[0].make(shape_, rows_.runs, window, engine_.pool.size());
+    return plans_[0];
+}
+
+// Biases, norms and rotations of a row's heads; then its keys and values go to the cache.
+void SpanAttention::place_row(const covey_block& block, int block_idx, int row) {
     const int head_dim = shape_.head_dim;
     const int64_t position = rows_.position(row), angle = position * (shape_.rope_dim / 2);
-    const float* cosines = rows_.rope->cosines + angle;
-    const float* sines = rows_.rope->sines + angle;
-    const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
-    const float* from = heads_row(row);
-    for (int head = 0; head < shape_.n_heads; head++)
-        rotate_head(from + head * head_dim, shape_, cosines, sines, scale,
-                    query(head / group_, row) + head % group_ * head_dim);
-    float* key = engine_.scratch[thread].key.reserve(static_cast<std::size_t>(head_dim));
-    for (int head = 0; head < shape_.n_kv_heads; head++) {
-        rotate_head(from + query_columns_ + head * head_dim, shape_, cosines, sines, 1.0f, key);
+    covey_shape shape = shape_;
+    const float *cosines = nullptr, *sines = nullptr;
+    if (block.rope == COVEY_NO_ROPE) {
+        shape.rope_dim = 0;
+    } else {
+        cosines = rows_.ropes[block.rope].cosines + angle;
+        sines = rows_.ropes[block.rope].sines + angle;
+    }
+    float* queries = heads_row(row);
+    float* keys = queries + query_columns_;
+    float* values = keys + kv_columns_;
+    add_bias(block.q_bias, query_columns_, queries);
+    add_bias(block.k_bias, kv_columns_, keys);
+    add_bias(block.v_bias, kv_columns_, values);
+    const auto turn = [&](float* head, const float* norm, float scale, float* out) {
+        if (norm) rms_norm(head, norm, head_dim, shape.rms_norm_eps, head);
+        rotate_head(head, shape, cosines, sines, scale, out);
+    };
+    for (int head = 0; head < shape.n_heads; head++)
+        turn(queries + head * head_dim, block.q_norm, shape.attention_scale,
+             query(head / group_, row) + head % group_ * head_dim);
+    for (int head = 0; head < shape.n_kv_heads; head++) {
+        float* key = keys + head * head_dim;
+        turn(key, block.k_norm, 1.0f, key);
         HeadCache(layout_, rows_.pages[rows_.run_of_row[row]], block_idx, head)
-            .write(position, key, from + query_columns_ + kv_columns_ + head * head_dim);
+            .write(position, key, values + head * head_dim);
     }
 }
 
@@ -93,7 +121,7 @@ void SpanAttention::attend_item(const AttentionPlan& plan, const AttentionItem& 
 }
 
 // The same as the end of `attend_item`, from results that were kept.
-void SpanAttention::join_unit(const AttentionPlan&, const AttentionUnit& unit, int) {
+void SpanAttention::join_unit(const AttentionUnit& unit) {
     const int n_rows = unit.n_positions * group_;
     const int64_t each = Softmax::floats(n_rows, shape_.head_dim);
     float* kept = engine_.softmax.reserve(0) + unit.kept;

@@ -13,7 +13,7 @@ struct PassRows {
     std::vector<RowRun> runs;
     std::vector<uint8_t* const*> pages;  // [run]
     std::vector<int> run_of_row;
-    const covey_rope* rope;
+    const covey_rope* ropes;
 
     int count() const { return static_cast<int>(run_of_row.size()); }
     int64_t position(int row) const {
@@ -35,9 +35,10 @@ public:
     void run(const covey_block& block, int block_idx, bool quantized);
 
 private:
-    void place_row(int block_idx, int row, int thread);
+    void place_row(const covey_block& block, int block_idx, int row);
+    const AttentionPlan& plan_for(int64_t window);
     void attend_item(const AttentionPlan& plan, const AttentionItem& item, int block_idx, int thread);
-    void join_unit(const AttentionPlan& plan, const AttentionUnit& unit, int thread);
+    void join_unit(const AttentionUnit& unit);
     void finish_unit(const AttentionUnit& unit, const Softmax& softmax);
     QueryRows queries(const AttentionUnit& unit, int64_t window) const;
     float* query(int head, int row) const {
@@ -50,7 +51,7 @@ private:
     const PassRows& rows_;
     const CacheLayout layout_;
     const int group_, query_columns_, kv_columns_, heads_columns_;
-    AttentionPlan plan_;
+    AttentionPlan plans_[2];  // for the last two windows: blocks commonly take turns
 };
 
 }  // namespace covey

@@ -15,6 +15,10 @@ from covey.node.engine.stage import Stage
 from covey.node.engine.tensors import HiddenStates
 from covey.node.engine.torch_stage import load_stage
 from covey.node.engines import weight_sizes
+from covey.node.kernels.errors import KernelsUnavailable
+from covey.node.kernels.library import Engine, load_library
+from covey.node.kernels.native_head import load_native_head
+from covey.node.kernels.native_stage import load_native_stage
 from covey.node.model.checkpoint import Checkpoint, open_checkpoint
 from support.tiny_architectures import N_TOKENS, TINIES, VOCAB, make, write_gguf
 
@@ -128,3 +132,18 @@ def test_sizes_are_what_the_planner_is_told(made: Made) -> None:
         stage, sizes = load_stage(checkpoint, (1, 3)), weight_sizes(checkpoint, "fp32")
     assert stage.weight_bytes == sum(sizes.blocks[1:3])
     assert stage.kv_bytes_per_token == 2 * sizes.kv_per_token_per_block
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "gguf"])
+@pytest.mark.parametrize("chunk", [1, N_TOKENS])
+def test_the_native_engine_computes_them_too(made: Made, kind: str, chunk: int) -> None:
+    """Keys and values are halves there; everything else is float32, since the weights are."""
+    try:
+        engine = Engine(load_library(), 1)
+    except KernelsUnavailable as error:
+        pytest.skip(str(error))
+    with opened(made, kind) as checkpoint:
+        stage = load_native_stage(checkpoint, (0, checkpoint.config.n_blocks), engine=engine)
+        head = load_native_head(checkpoint, engine=engine)
+    logits = head.logits(run([stage], head.embed(made.ids), chunk))
+    assert np.abs(logits - made.expected).max() < 5e-3 * np.abs(made.expected).max()

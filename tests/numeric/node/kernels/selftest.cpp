@@ -94,9 +94,12 @@ struct Engine {
 };
 
 struct Model {
-    Model(covey_shape s, int type)
+    // `extras`: what other architectures have beside Llama's parts.
+    Model(covey_shape s, int type, bool extras)
         : shape(s),
           norm(s.hidden_size),
+          biases(extras ? s.n_heads * s.head_dim : 0),
+          router(static_cast<std::size_t>(s.n_experts) * s.hidden_size),
           q(type, s.n_heads * s.head_dim, s.hidden_size),
           k(type, s.n_kv_heads * s.head_dim, s.hidden_size),
           v(COVEY_Q8_0, s.n_kv_heads * s.head_dim, s.hidden_size),
@@ -105,13 +108,34 @@ struct Model {
           up(type, s.intermediate_size, s.hidden_size),
           down(type, s.hidden_size, s.intermediate_size) {
         for (int i = 0; i < s.hidden_size; i++) norm.get()[i] = uniform(0.5f, 1.5f);
-        block = {norm.get(), norm.get(), q.matrix,  k.matrix,  v.matrix,
-                 o.matrix,   gate.matrix, up.matrix, down.matrix};
+        block.attn_norm = block.ffn_norm = norm.get();
+        block.q = q.matrix;
+        block.k = k.matrix;
+        block.v = v.matrix;
+        block.o = o.matrix;
+        block.gate = gate.matrix;
+        block.up = up.matrix;
+        block.down = down.matrix;
+        for (std::size_t i = 0; i < biases.size; i++) biases.get()[i] = uniform(0.5f, 1.5f);
+        for (std::size_t i = 0; i < router.size; i++) router.get()[i] = uniform(-1, 1);
+        if (s.n_experts) {
+            for (int i = 0; i < s.n_experts; i++)
+                experts.insert(experts.end(), {gate.matrix, up.matrix, down.matrix});
+            block.router = router.get();
+            block.experts = experts.data();
+            block.gate = block.up = block.down = covey_matrix{};
+        }
+        if (!extras) return;
+        block.q_bias = block.k_bias = block.v_bias = biases.get();
+        block.q_norm = block.k_norm = biases.get();
+        block.window = 70;
+        block.rope = COVEY_NO_ROPE;
     }
     covey_shape shape;
-    Exact<float> norm;
+    Exact<float> norm, biases, router;
+    std::vector<covey_matrix> experts;
     Packed q, k, v, o, gate, up, down;
-    covey_block block;
+    covey_block block{};
 };
 
 struct Session {
@@ -166,7 +190,7 @@ std::vector<float> run(Model& model, Engine& engine, Session& session, const std
         Exact<float> hidden(static_cast<std::size_t>(rows) * s.hidden_size);
         std::memcpy(hidden.get(), &x[static_cast<std::size_t>(at) * s.hidden_size], hidden.size * 4);
         const covey_run part = session.run(at, rows);
-        CHECK(covey_span_forward(engine.handle, &s, blocks.data(), 2, &part, 1, &angles.rope,
+        CHECK(covey_span_forward(engine.handle, &s, blocks.data(), 2, &part, 1, &angles.rope, 1,
                                  hidden.get(), COVEY_ATTENTION | COVEY_MLP) == COVEY_OK);
         std::memcpy(&out[static_cast<std::size_t>(at) * s.hidden_size], hidden.get(), hidden.size * 4);
         at += rows;
@@ -196,7 +220,7 @@ void check_batch(Model& model, Engine& engine, const std::vector<float>& x,
         runs.push_back(sessions[i]->run(lengths[i], added[i]));
         hidden.insert(hidden.end(), &x[begin], &x[begin] + added[i] * s.hidden_size);
     }
-    CHECK(covey_span_forward(engine.handle, &s, blocks.data(), 2, runs.data(), 4, &angles.rope,
+    CHECK(covey_span_forward(engine.handle, &s, blocks.data(), 2, runs.data(), 4, &angles.rope, 1,
                              hidden.data(), COVEY_ATTENTION | COVEY_MLP) == COVEY_OK);
     const float* result = hidden.data();
     for (int i = 0; i < 4; i++) {
@@ -207,8 +231,8 @@ void check_batch(Model& model, Engine& engine, const std::vector<float>& x,
     }
 }
 
-void check_model(const covey_shape& shape, int type) {
-    Model model(shape, type);
+void check_model(const covey_shape& shape, int type, bool extras = false) {
+    Model model(shape, type, extras);
     Engine one(1), three(3);
     std::vector<float> x(static_cast<std::size_t>(kPositions) * shape.hidden_size);
     for (float& value : x) value = uniform(-2, 2);
@@ -229,7 +253,7 @@ void check_model(const covey_shape& shape, int type) {
     std::vector<float> together(x.begin(), x.begin() + shape.hidden_size), sum = together;
     const auto forward = [&](Session& session, std::vector<float>& hidden, uint32_t parts) {
         const covey_run run = session.run(0, 1);
-        return covey_span_forward(one.handle, &shape, &model.block, 1, &run, 1, &angles.rope,
+        return covey_span_forward(one.handle, &shape, &model.block, 1, &run, 1, &angles.rope, 1,
                                   hidden.data(), parts);
     };
     CHECK(forward(block, together, COVEY_ATTENTION | COVEY_MLP) == COVEY_OK);
@@ -244,7 +268,7 @@ void check_model(const covey_shape& shape, int type) {
     covey_shape wrong = shape;
     wrong.intermediate_size += 32;
     const auto refused = [&](const covey_shape& s, const covey_run& run) {
-        CHECK(covey_span_forward(one.handle, &s, &model.block, 1, &run, 1, &angles.rope,
+        CHECK(covey_span_forward(one.handle, &s, &model.block, 1, &run, 1, &angles.rope, 1,
                                  together.data(), 3) == COVEY_INVALID);
     };
     refused(wrong, block.run(0, 1));
@@ -262,9 +286,9 @@ void check_head(int type, int vocabulary, int columns) {
     Exact<float> norm(columns), hidden(3 * columns), logits(3 * vocabulary), single(vocabulary);
     for (int i = 0; i < columns; i++) norm.get()[i] = 1;
     const int32_t ids[3] = {0, vocabulary - 1, vocabulary / 2};
-    CHECK(covey_embed(&matrix.matrix, ids, 3, hidden.get()) == COVEY_OK);
+    CHECK(covey_embed(&matrix.matrix, ids, 3, 2.0f, hidden.get()) == COVEY_OK);
     const int32_t unknown[1] = {vocabulary};
-    CHECK(covey_embed(&matrix.matrix, unknown, 1, hidden.get()) == COVEY_INVALID);
+    CHECK(covey_embed(&matrix.matrix, unknown, 1, 1.0f, hidden.get()) == COVEY_INVALID);
     CHECK(covey_head_logits(two.handle, &matrix.matrix, norm.get(), 1e-5f, hidden.get(), 3,
                             logits.get()) == COVEY_OK);
     for (int row = 0; row < 3; row++) {
@@ -314,11 +338,15 @@ int main() {
     CHECK(covey_packed_bytes(COVEY_Q8_0, 0, 32) < 0 && covey_packed_bytes(COVEY_F16, 1, -32) < 0);
     CHECK(covey_packed_bytes(COVEY_Q4_K, 16, 128) < 0 && covey_packed_bytes(COVEY_Q6_K, 1, 257) < 0);
     CHECK(covey_engine_new(0) == nullptr);
-    check_model({64, 4, 2, 16, 96, 16, 1, 1e-5f, COVEY_KV_FP16}, COVEY_Q4_1);
-    check_model({96, 9, 3, 32, 64, 32, 0, 1e-5f, COVEY_KV_FP16}, COVEY_Q8_0);
-    check_model({64, 8, 1, 80, 32, 64, 1, 1e-5f, COVEY_KV_INT8}, COVEY_Q4_1);
-    check_model({64, 14, 1, 32, 32, 32, 1, 1e-5f, COVEY_KV_FP16}, COVEY_Q8_0);
-    check_model({32, 2, 2, 16, 32, 0, 1, 1e-5f, COVEY_KV_FP16}, COVEY_F16);
+    check_model({64, 4, 2, 16, 96, 16, 1, 1e-5f, COVEY_KV_FP16, 0.25f, COVEY_SILU, 0, 0, 0}, COVEY_Q4_1);
+    check_model({96, 9, 3, 32, 64, 32, 0, 1e-5f, COVEY_KV_FP16, 0.25f, COVEY_SILU, 0, 0, 0}, COVEY_Q8_0);
+    check_model({64, 8, 1, 80, 32, 64, 1, 1e-5f, COVEY_KV_INT8, 0.25f, COVEY_SILU, 0, 0, 0}, COVEY_Q4_1);
+    check_model({64, 14, 1, 32, 32, 32, 1, 1e-5f, COVEY_KV_FP16, 0.25f, COVEY_SILU, 0, 0, 0}, COVEY_Q8_0);
+    check_model({32, 2, 2, 16, 32, 0, 1, 1e-5f, COVEY_KV_FP16, 0.25f, COVEY_SILU, 0, 0, 0}, COVEY_F16);
+    check_model({64, 4, 2, 16, 32, 16, 0, 1e-5f, COVEY_KV_INT8, 0.1f, COVEY_GELU_TANH, 5, 3, 1},
+                COVEY_Q4_1, true);
+    check_model({64, 2, 2, 32, 32, 32, 0, 1e-5f, COVEY_KV_FP16, 0.3f, COVEY_SILU, 3, 1, 0},
+                COVEY_F16, true);
     check_head(COVEY_Q8_0, 101, 64);
     check_head(COVEY_Q4_1, 33, 32);
     check_head(COVEY_F16, 17, 96);

@@ -76,12 +76,6 @@ def test_a_new_field_at_its_default_changes_no_identity() -> None:
     assert replace(TINY, windows=(1, 2, 3, 4)).canonical()["windows"] == (1, 2, 3, 4)
 
 
-def test_features_beyond_plain_llama_are_named() -> None:
-    assert TINY.features() == ()
-    changed = replace(TINY, windows=(0, 0, 0, 9), n_experts=4, n_experts_used=2)
-    assert changed.features() == ("sliding window", "experts")
-
-
 def test_a_session_is_long_by_its_room_not_by_its_length() -> None:
     config = replace(TINY, rope_long_factors=(1.0, 2.0, 3.0, 4.0), rope_original_context=64)
     assert not config.is_long(64)
