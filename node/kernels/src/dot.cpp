@@ -173,8 +173,8 @@ COVEY_INLINE void multiply_block(const uint8_t* weights, const typename Source::
         for (int row = 0; row < W; row++) {
             if constexpr (!Weights::kCentred)
                 total[row] = fma(scales.minimum[s], splat(sums[row]), total[row]);
-            const F32x16 scaled = fma(dot[row], splat(x.factors[Factors::kScale * W + row]),
-                                      splat(x.factors[Factors::kOffset * W + row]));
+            const F32x16 scaled = scale_dot(dot[row], x.factors[Factors::kScale * W + row],
+                                            x.factors[Factors::kOffset * W + row]);
             total[row] = fma(scaled, scales.scale[s], total[row]);
         }
     });

@@ -252,6 +252,11 @@ COVEY_INLINE void dots(const Weights& weights, const int8_t* bytes, const float*
 
 #endif
 
+// dot, which has kWholeBias added, times scale: offset is -kWholeBias * scale, which is exact.
+inline F32x16 scale_dot(F32x16 dot, float scale, float offset) {
+    return fma(dot, splat(scale), splat(offset));
+}
+
 // Bits of the largest magnitude of 32 floats; those of a NaN are larger than any other's.
 inline uint32_t largest_magnitude(const float* x) {
     __m256i largest = _mm256_setzero_si256();

@@ -140,6 +140,11 @@ COVEY_INLINE void dots(const Weights& weights, const int8_t* bytes, const float*
     for (int row = 0; row < W; row++) out[row] = {_mm512_castsi512_ps(sums[row])};
 }
 
+// dot, which has kWholeBias added, times scale: offset is -kWholeBias * scale, which is exact.
+inline F32x16 scale_dot(F32x16 dot, float scale, float offset) {
+    return fma(dot, splat(scale), splat(offset));
+}
+
 // Bits of the largest magnitude of 32 floats; those of a NaN are larger than any other's.
 inline uint32_t largest_magnitude(const float* x) {
     const __m512i mask = _mm512_set1_epi32(0x7FFFFFFF);

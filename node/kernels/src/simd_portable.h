@@ -235,27 +235,45 @@ inline U8x64 weights_of(U8x64 codes) {
 }
 inline float centred_start(int32_t) { return kWholeBias; }
 
-// sums[i] += products of weights 2i and 2i + 1 with two of the four activations.
-inline void add_products(U8x64 weights, const int8_t* four, int32_t* sums) {
-    int16_t x[8];
-    for (int k = 0; k < 8; k++) x[k] = four[k % 4];
-    int8_t bytes[64];
-    std::memcpy(bytes, &weights, sizeof bytes);
+// Four activations as numbers of 16 bits, twice: four, four.
+struct Four {
 #ifdef __SSE2__
-    const __m128i repeated = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
-    const auto add = [&](__m128i twice, int32_t* to) {  // bytes in the upper halves of 16 bits
-        auto* at = reinterpret_cast<__m128i*>(to);
-        const __m128i products = _mm_madd_epi16(_mm_srai_epi16(twice, 8), repeated);
-        _mm_storeu_si128(at, _mm_add_epi32(_mm_loadu_si128(at), products));
-    };
-    for (int i = 0; i < 64; i += 16) {
-        const __m128i w = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + i));
-        add(_mm_unpacklo_epi8(w, w), sums + i / 2);
-        add(_mm_unpackhi_epi8(w, w), sums + i / 2 + 4);
+    __m128i v;
+    static Four at(const int8_t* bytes) {
+        const __m128i twice = _mm_cvtsi32_si128(four_bytes(bytes));
+        const __m128i wide = _mm_srai_epi16(_mm_unpacklo_epi8(twice, twice), 8);
+        return {_mm_unpacklo_epi64(wide, wide)};
     }
 #else
-    for (int i = 0; i < 32; i++)
-        sums[i] += bytes[2 * i] * x[2 * i % 8] + bytes[2 * i + 1] * x[2 * i % 8 + 1];
+    int16_t v[8];
+    static Four at(const int8_t* bytes) {
+        return {{bytes[0], bytes[1], bytes[2], bytes[3], bytes[0], bytes[1], bytes[2], bytes[3]}};
+    }
+#endif
+};
+
+// sums[i] = products of weights 2i and 2i + 1 of 16 bytes with two of the four activations, added up
+// over n times 16 bytes, 64 apart.
+inline void sum_products(const int8_t* weights, const Four* x, int n, int32_t* sums) {
+#ifdef __SSE2__
+    __m128i low = _mm_setzero_si128(), high = low;
+    for (int j = 0; j < n; j++) {
+        const __m128i w = _mm_loadu_si128(reinterpret_cast<const __m128i*>(weights + 64 * j));
+        const auto products = [&](__m128i twice) {  // a byte in the upper half of 16 bits
+            return _mm_madd_epi16(_mm_srai_epi16(twice, 8), x[j].v);
+        };
+        low = _mm_add_epi32(low, products(_mm_unpacklo_epi8(w, w)));
+        high = _mm_add_epi32(high, products(_mm_unpackhi_epi8(w, w)));
+    }
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(sums), low);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(sums + 4), high);
+#else
+    for (int i = 0; i < 8; i++) {
+        sums[i] = 0;
+        for (int j = 0; j < n; j++)
+            sums[i] += weights[64 * j + 2 * i] * x[j].v[2 * i % 8] +
+                       weights[64 * j + 2 * i + 1] * x[j].v[2 * i % 8 + 1];
+    }
 #endif
 }
 
@@ -263,18 +281,22 @@ inline void add_products(U8x64 weights, const int8_t* four, int32_t* sums) {
 // those of columns 4j to 4j + 3, activations are at bytes + 32 * row.
 template <class C, int W, int N, class Weights>
 inline void dots(const Weights& weights, const int8_t* bytes, const float*, F32x16* out) {
-    int32_t sums[W][2 * kLanes] = {};
-    unrolled<N>([&](auto j) {
-        const U8x64 four_columns = weights(j);
-        for (int row = 0; row < W; row++)
-            add_products(four_columns, bytes + 32 * row + 4 * j, sums[row]);
-    });
+    uint8_t all[64 * N];
+    unrolled<N>([&](auto j) { store_bytes(all + 64 * j, weights(j)); });
     for (int row = 0; row < W; row++) {
-        int32_t bits[kLanes];
+        Four x[N];
+        for (int j = 0; j < N; j++) x[j] = Four::at(bytes + 32 * row + 4 * j);
+        int32_t sums[2 * kLanes];
+        for (int i = 0; i < 64; i += 16)
+            sum_products(reinterpret_cast<const int8_t*>(all) + i, x, N, sums + i / 2);
         for (int i = 0; i < kLanes; i++)
-            bits[i] = kWholeBiasBits + (sums[row][2 * i] + sums[row][2 * i + 1]) * (1 << C::kShift);
-        std::memcpy(&out[row], bits, sizeof bits);
+            out[row].v[i] = kWholeBias + static_cast<float>((sums[2 * i] + sums[2 * i + 1]) *
+                                                            (1 << C::kShift));
     }
+}
+// Where fma is a computation of its own, this is the same and cheaper.
+inline F32x16 scale_dot(F32x16 dot, float scale, float) {
+    return (dot - splat(kWholeBias)) * splat(scale);
 }
 
 // Bits of the largest magnitude of 32 floats; those of a NaN are larger than any other's.
