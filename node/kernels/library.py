@@ -12,8 +12,7 @@ import os
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint32, c_void_p
-from enum import IntEnum, IntFlag
+from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint32, c_void_p
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -24,105 +23,46 @@ import numpy.typing as npt
 
 from .errors import KernelFailed, KernelsUnavailable
 from .matrix_type import MatrixType
+from .pacer import Pacer
+from .structures import (
+    NO_ROPE,
+    Activation,
+    Block,
+    KvType,
+    Matrix,
+    Parts,
+    Rope,
+    Run,
+    Shape,
+)
 
-ABI_VERSION = 3
-NO_ROPE = -1  # in place of a table's index
+__all__ = [
+    "ABI_VERSION",
+    "ISA_VARIABLE",
+    "NO_ROPE",
+    "PAGE_TOKENS",
+    "Activation",
+    "Block",
+    "Bytes",
+    "Engine",
+    "Floats",
+    "KvType",
+    "Library",
+    "Matrix",
+    "MatrixType",
+    "PageTable",
+    "Parts",
+    "Shape",
+    "load_library",
+    "page_memory",
+]
+
+ABI_VERSION = 4
 PAGE_TOKENS = 64  # positions in a page of the KV cache
 ISA_VARIABLE = "COVEY_KERNELS"  # names the instruction set to use in place of the best one
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
-
-
-class Parts(IntFlag):
-    """What of a block to run; PARTIAL, with one half, leaves the residual out."""
-
-    ATTENTION = 1
-    MLP = 2
-    PARTIAL = 4
-    BLOCK = ATTENTION | MLP
-
-
-class KvType(IntEnum):
-    """How keys and values are stored: halves, or bytes with a scale per position and KV head."""
-
-    FP16 = 0
-    INT8 = 1
-
-
-class Activation(IntEnum):
-    """What the gate of an MLP goes through; GELU by its tanh form."""
-
-    SILU = 0
-    GELU_TANH = 1
-
-
-NO_ROPE = -1  # `Block.rope` of blocks that do not rotate
-
-
-class Matrix(Structure):
-    """`covey_matrix`."""
-
-    _fields_ = (
-        ("type", c_int32),
-        ("rows", c_int32),
-        ("columns", c_int32),
-        ("reserved", c_int32),
-        ("data", c_void_p),
-    )
-
-
-class Block(Structure):
-    """`covey_block`; zeros behind `down` are a block of Llama."""
-
-    _fields_ = (
-        ("attn_norm", c_void_p),
-        ("ffn_norm", c_void_p),
-        *((name, Matrix) for name in ("q", "k", "v", "o", "gate", "up", "down")),
-        *((name, c_void_p) for name in ("q_bias", "k_bias", "v_bias", "q_norm", "k_norm")),
-        *((name, c_void_p) for name in ("post_attn_norm", "post_ffn_norm", "router")),
-        ("experts", POINTER(Matrix)),
-        ("window", c_int32),
-        ("rope", c_int32),
-    )
-
-
-class Shape(Structure):
-    """`covey_shape`."""
-
-    _fields_ = (
-        ("hidden_size", c_int32),
-        ("n_heads", c_int32),
-        ("n_kv_heads", c_int32),
-        ("head_dim", c_int32),
-        ("intermediate_size", c_int32),
-        ("rope_dim", c_int32),
-        ("rope_interleaved", c_int32),
-        ("rms_norm_eps", c_float),
-        ("kv_type", c_int32),
-        ("attention_scale", c_float),
-        ("activation", c_int32),
-        ("n_experts", c_int32),
-        ("n_experts_used", c_int32),
-        ("renormalize_experts", c_int32),
-    )
-
-
-class Rope(Structure):
-    """`covey_rope`."""
-
-    _fields_ = (("cosines", c_void_p), ("sines", c_void_p), ("n_positions", c_int64))
-
-
-class Run(Structure):
-    """`covey_run`."""
-
-    _fields_ = (
-        ("pages", c_void_p),
-        ("n_pages", c_int32),
-        ("n_rows", c_int32),
-        ("position", c_int64),
-    )
 
 
 class PageTable:
@@ -149,7 +89,7 @@ class PageTable:
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "covey_abi_version": (c_int32, []),
     "covey_isa": (c_char_p, [c_int32]),
-    "covey_engine_new": (c_void_p, [c_int32]),
+    "covey_engine_new": (c_void_p, [c_int32, c_void_p]),
     "covey_engine_free": (None, [c_void_p]),
     "covey_packed_bytes": (c_int64, [c_int32] * 3),
     "covey_pack": (c_int32, [c_int32] * 3 + [c_void_p] * 2),
@@ -250,15 +190,39 @@ class Engine:
     way while one still spins for its next job and the other works.
     """
 
-    def __init__(self, library: Library, threads: int) -> None:
+    def __init__(
+        self,
+        library: Library,
+        threads: int,
+        *,
+        speed: float = 1.0,
+        helper_cores: Sequence[int] = (),
+    ) -> None:
+        """Start threads - 1 helpers of the calling thread.
+
+        Args:
+            library: to call.
+            threads: that work, the caller's included.
+            speed: below 1, behave like a machine of that share of this one's speed.
+            helper_cores: where each helper stays; by default the system moves them about, which
+                is better wherever other programs run.
+
+        Raises:
+            KernelsUnavailable: the system gives no such threads or cores.
+        """
         if not 1 <= threads <= 1024:
             raise ValueError(f"threads = {threads}: must be 1 to 1024")
+        if helper_cores and len(helper_cores) != threads - 1:
+            raise ValueError(f"{len(helper_cores)} cores for {threads - 1} helpers")
         self.library = library
         self.threads = threads
         self._lock = threading.Lock()
-        self._handle: int | None = library._c.covey_engine_new(threads)
+        self._pacer = None if speed == 1.0 else Pacer(speed)
+        cores = (c_int32 * len(helper_cores))(*helper_cores) if helper_cores else None
+        self._handle: int | None = library._c.covey_engine_new(threads, cores)
         if not self._handle:
-            raise KernelsUnavailable(f"the system gives no {threads} threads; ask for fewer")
+            where = f" on cores {list(helper_cores)}" if helper_cores else ""
+            raise KernelsUnavailable(f"the system gives no {threads} threads{where}; ask for fewer")
 
     def span_forward(
         self,
@@ -323,7 +287,11 @@ class Engine:
 
     def _call(self, name: str, *arguments: object) -> None:
         with self._lock:
-            self.library._call(name, self._handle, *arguments)
+            if self._pacer is None:
+                self.library._call(name, self._handle, *arguments)
+            else:
+                with self._pacer:
+                    self.library._call(name, self._handle, *arguments)
 
     def __del__(self) -> None:
         """Stop the threads and free the scratch memory."""

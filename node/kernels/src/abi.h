@@ -22,7 +22,7 @@
 extern "C" {
 #endif
 
-#define COVEY_ABI_VERSION 3
+#define COVEY_ABI_VERSION 4
 
 /* Matrix formats, by their numbers in GGUF. */
 enum {
@@ -128,8 +128,9 @@ COVEY_EXPORT int32_t covey_abi_version(void);
  * index, then NULL. The last is "portable", which every CPU of its kind runs. */
 COVEY_EXPORT const char* covey_isa(int32_t index);
 
-/* NULL if threads cannot be started. n_threads counts the caller. */
-COVEY_EXPORT covey_engine* covey_engine_new(int32_t n_threads);
+/* NULL if threads cannot be started. n_threads counts the caller; helper_cores is where the other
+ * n_threads - 1 stay, or NULL. */
+COVEY_EXPORT covey_engine* covey_engine_new(int32_t n_threads, const int32_t* helper_cores);
 COVEY_EXPORT void covey_engine_free(covey_engine* engine);
 
 /* Bytes of a packed matrix (rows rounded up to 16); -1 for a type or shape that is not supported. */

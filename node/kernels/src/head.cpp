@@ -98,10 +98,10 @@ int32_t covey_multiply(covey_engine* engine, const covey_matrix* matrix, const f
 
 int32_t covey_abi_version(void) { return COVEY_ABI_VERSION; }
 
-covey_engine* covey_engine_new(int32_t n_threads) {
+covey_engine* covey_engine_new(int32_t n_threads, const int32_t* helper_cores) {
     if (n_threads < 1 || n_threads > 1024) return nullptr;
     try {
-        return new covey_engine(n_threads);
+        return new covey_engine(n_threads, helper_cores);
     } catch (const std::bad_alloc&) {
         return nullptr;
     } catch (const std::system_error&) {

@@ -28,7 +28,8 @@ struct ThreadScratch {
 }  // namespace covey
 
 struct covey_engine {
-    explicit covey_engine(int n_threads) : pool(n_threads), scratch(n_threads) {}
+    covey_engine(int n_threads, const int32_t* helper_cores)
+        : pool(n_threads, helper_cores), scratch(n_threads) {}
 
     covey::ThreadPool pool;
     std::vector<covey::ThreadScratch> scratch;  // [thread]

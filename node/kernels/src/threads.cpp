@@ -1,7 +1,13 @@
 #include "threads.h"
 
-#include <algorithm>
+#include <cerrno>
 #include <chrono>
+#include <system_error>
+
+#ifdef __linux__
+#include <pthread.h>
+#include <sched.h>
+#endif
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
@@ -35,20 +41,40 @@ bool spin_for(Condition condition) {
     return condition();
 }
 
+// Throws std::system_error; does nothing where the system has no such call.
+void stay_on(std::thread& thread, int core) {
+#ifdef __linux__
+    cpu_set_t cores;
+    CPU_ZERO(&cores);
+    int error = EINVAL;
+    if (core >= 0 && core < CPU_SETSIZE) {
+        CPU_SET(core, &cores);
+        error = pthread_setaffinity_np(thread.native_handle(), sizeof cores, &cores);
+    }
+    if (error) throw std::system_error(error, std::generic_category());
+#else
+    (void)thread;
+    (void)core;
+#endif
+}
+
 }  // namespace
 
-ThreadPool::ThreadPool(int n_threads) {
-    for (int thread = 1; thread < n_threads; thread++) {
-        try {
+ThreadPool::ThreadPool(int n_threads, const int32_t* helper_cores) {
+    try {
+        for (int thread = 1; thread < n_threads; thread++) {
             helpers_.emplace_back([this, thread] { help(thread); });
-        } catch (...) {
-            this->~ThreadPool();
-            throw;
+            if (helper_cores) stay_on(helpers_.back(), helper_cores[thread - 1]);
         }
+    } catch (...) {
+        stop();
+        throw;
     }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { stop(); }
+
+void ThreadPool::stop() {
     {
         const std::lock_guard<std::mutex> lock(mutex_);
         stopping_.store(true);

@@ -16,8 +16,9 @@ namespace covey {
 
 class ThreadPool {
 public:
-    // n_threads counts the caller of `run`; throws std::system_error.
-    explicit ThreadPool(int n_threads);
+    // n_threads counts the caller of `run`; helper_cores, one for each other thread, may be null.
+    // Throws std::system_error, also for a core that there is not.
+    ThreadPool(int n_threads, const int32_t* helper_cores);
     ~ThreadPool();
     ThreadPool(const ThreadPool&) = delete;
     ThreadPool& operator=(const ThreadPool&) = delete;
@@ -69,6 +70,7 @@ private:
     }
     static bool has_items(uint64_t board) { return next_item(board) < item_count(board); }
 
+    void stop();
     void share(Job job, int n_items);
     int work(int thread);  // until nothing is left to claim; returns the items done
     void help(int thread);

@@ -96,7 +96,7 @@ struct Packed {
 };
 
 struct Engine {
-    explicit Engine(int threads) : handle(covey_engine_new(threads)) { CHECK(handle); }
+    explicit Engine(int threads) : handle(covey_engine_new(threads, nullptr)) { CHECK(handle); }
     ~Engine() { covey_engine_free(handle); }
     covey_engine* handle;
 };
@@ -350,7 +350,9 @@ int main() {
     CHECK(covey_packed_bytes(COVEY_Q4_1, 16, 31) < 0 && covey_packed_bytes(99, 16, 32) < 0);
     CHECK(covey_packed_bytes(COVEY_Q8_0, 0, 32) < 0 && covey_packed_bytes(COVEY_F16, 1, -32) < 0);
     CHECK(covey_packed_bytes(COVEY_Q4_K, 16, 128) < 0 && covey_packed_bytes(COVEY_Q6_K, 1, 257) < 0);
-    CHECK(covey_engine_new(0) == nullptr);
+    CHECK(covey_engine_new(0, nullptr) == nullptr);
+    const int32_t no_core = -1;
+    CHECK(covey_engine_new(2, &no_core) == nullptr);
     check_model({64, 4, 2, 16, 96, 16, 1, 1e-5f, COVEY_KV_FP16, 0.25f, COVEY_SILU, 0, 0, 0}, COVEY_Q4_1);
     check_model({96, 9, 3, 32, 64, 32, 0, 1e-5f, COVEY_KV_FP16, 0.25f, COVEY_SILU, 0, 0, 0}, COVEY_Q8_0);
     check_model({64, 8, 1, 80, 32, 64, 1, 1e-5f, COVEY_KV_INT8, 0.25f, COVEY_SILU, 0, 0, 0}, COVEY_Q4_1);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -21,6 +22,7 @@ from covey.node.engine.errors import (
     UnknownSession,
 )
 from covey.node.engine.stage import Step
+from covey.node.kernels.errors import KernelsUnavailable
 from covey.node.kernels.library import Engine, load_library
 from covey.node.kernels.native_stage import NativeStage, load_native_stage
 from covey.node.model.checkpoint import Checkpoint, open_checkpoint
@@ -193,3 +195,19 @@ def test_keys_and_values_as_bytes_lose_little_and_no_batch_changes_them(model: M
         chunk, other = model.inputs[0][at : at + 20], model.inputs[1][at // 20 :][:1]
         results: Any = three.forward_batch([Step("b", at // 20, other), Step("a", at, chunk)])
         assert np.array_equal(results[1], whole[at : at + 20])
+
+
+def test_a_slower_engine_and_one_on_chosen_cores_compute_the_same(model: Model) -> None:
+    library, hidden = load_library(), model.inputs[0]
+    core = min(os.sched_getaffinity(0))
+    for engine in (Engine(library, 1, speed=0.5), Engine(library, 2, helper_cores=[core])):
+        stage = model.stage(engine)
+        stage.open_session("a", N)
+        assert np.array_equal(stage.forward("a", 0, hidden[:70]), model.expected[0][:70])
+
+
+def test_cores_that_the_machine_has_not_are_refused() -> None:
+    with pytest.raises(KernelsUnavailable, match=r"on cores \[1023\]"):
+        Engine(load_library(), 2, helper_cores=[1023])
+    with pytest.raises(ValueError, match="1 cores for 2 helpers"):
+        Engine(load_library(), 3, helper_cores=[0])

@@ -29,7 +29,7 @@ def test_the_kernels_stay_within_their_buffers(isa: str, tmp_path: Path) -> None
     except KernelsUnavailable as error:
         pytest.skip(str(error))
     sources = ROOT / "node" / "kernels" / "src"
-    flags = [flag for flag in BUILD["FLAGS"] if flag not in ("-O3", "-DNDEBUG")]
+    flags = [flag for flag in BUILD["FLAGS"] if flag not in ("-O3", "-g0", "-DNDEBUG")]
     program = tmp_path / "selftest"
     subprocess.run(
         [
