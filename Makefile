@@ -7,7 +7,9 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 KERNELS = $(VENV)/.kernels
 
-.PHONY: setup demo test lint format fuzz lab build bench-pipeline clean
+.PHONY: setup demo test test-arm lint format fuzz lab build bench-pipeline bench-engine clean
+
+MODEL ?= smollm2
 
 setup: $(KERNELS)
 
@@ -34,6 +36,12 @@ demo: $(KERNELS)
 test: $(KERNELS)
 	PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 $(BIN)/pytest
 
+# The native engine for 64-bit ARM under emulation: the same bits as the portable build here.
+test-arm:
+	@command -v qemu-aarch64 aarch64-linux-gnu-g++ >/dev/null || \
+	    { echo "needs: apt install g++-aarch64-linux-gnu qemu-user"; exit 1; }
+	tests/arm/run.sh
+
 lint: $(KERNELS)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -57,6 +65,10 @@ lab: $(KERNELS)
 
 bench-pipeline: $(KERNELS)
 	$(BIN)/python -m benchmarks.bench_pipeline
+
+# MODEL=smollm2 or 1b. Builds llama.cpp at first use, to measure against.
+bench-engine: $(KERNELS)
+	$(BIN)/python -m benchmarks.bench_engine --model $(MODEL)
 
 build: $(KERNELS)
 	rm -rf dist
