@@ -31,13 +31,13 @@ enum class Scales { kNone, kNibbles, kSixBitPairs, kSixBit, kBytes };
 
 struct Format {
     int type;
-    int columns;     // of a block in the file
-    int file_bytes;  // of a block in the file
-    bool is_centred; // else there are minima
+    int columns;        // of a block in the file
+    int file_bytes;     // of a block in the file
+    bool is_centred;    // else there are minima
     int scale_columns;  // that share a scale: 32 or 16
     Plane low, high;    // high.bits may be 0
-    int scale_offset;   // of the fp16 scale, in the file's block
-    int minimum_offset; // of the fp16 minimum, which is subtracted if there are scales beside it
+    int scale_offset;    // of the fp16 scale, in the file's block
+    int minimum_offset;  // of the fp16 minimum, which is subtracted if there are scales beside it
     Scales scales;
     int scales_offset;
     bool has_table = false;  // codes stand for the bytes of kIq4Values, around 128
