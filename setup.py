@@ -4,10 +4,12 @@ Each is optional: without a C++ compiler, or with one that lacks the instruction
 goes on and the node says at run time which engine it uses and why.
 """
 
+import copy
 import platform
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 PACKAGE = "covey.node.kernels"
 SOURCES = Path("node/kernels/src")
@@ -35,6 +37,16 @@ ISAS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
+class BuildKernels(build_ext):
+    """Compiles each library in a folder of its own: they have their sources in common."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Called for several extensions at once."""
+        own = copy.copy(self)
+        own.build_temp = str(Path(self.build_temp) / ext.name)
+        super(BuildKernels, own).build_extension(ext)
+
+
 def extension(isa: str, flags: tuple[str, ...]) -> Extension:
     """The library `_<isa>`; sources are shared, only the flags differ."""
     return Extension(
@@ -58,5 +70,6 @@ def isas() -> dict[str, tuple[str, ...]]:
 if __name__ == "__main__":
     setup(
         ext_modules=[extension(isa, flags) for isa, flags in isas().items()],
+        cmdclass={"build_ext": BuildKernels},
         options={"build_ext": {"parallel": 2}},  # each takes 300 MB for a while
     )

@@ -85,15 +85,22 @@ class Engines:
         *,
         on_block: Callable[[int, int], None] | None = None,
         verify: bool = False,
+        kv_bytes: int | None = None,
     ) -> Stage:
         """Read the blocks of `span`; see the loaders of each engine.
 
         With `verify` each block is hashed first: CorruptModel if it is not what it was. The
-        native engine always does so when it packs one, and then keeps it on disk.
+        native engine always does so when it packs one, and then keeps it on disk. `kv_bytes` is
+        all that its KV cache may take, prefixes kept for later sessions included.
         """
         if kind == "native":
             return load_native_stage(
-                checkpoint, span, engine=self._native, on_block=on_block, cache=self._cache
+                checkpoint,
+                span,
+                engine=self._native,
+                on_block=on_block,
+                cache=self._cache,
+                kv_bytes=kv_bytes,
             )
         self._set_torch_threads()
         from .engine.torch_stage import load_stage

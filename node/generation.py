@@ -27,6 +27,7 @@ from .head_batch import HeadBatches, NextToken, Sampled
 from .model.errors import ModelError
 from .model.sampling import SampledToken, Sampler, StopMatcher
 from .pipeline import Pipelines, PipelineSession, StepResult
+from .prefix import prefix_keys
 from .prompt import chat_tokens, prompt_tokens
 from .route import Route
 from .service import (
@@ -92,6 +93,7 @@ class Generator:
         self.pipelines = pipelines
         self.worker = worker
         self.head_batches = HeadBatches(worker)
+        self.prefix_secret = secrets.token_bytes(32)
         self._context_tokens = context_tokens
         self._max_sessions = max_sessions
         self._is_refusing = False
@@ -151,6 +153,7 @@ class _Run:
         self._tokens = prompt  # the journal: all that a replay needs
         self._max_tokens = max_tokens
         self._began_at = began_at
+        self._n_held = 0
         self._totals = _Totals(route.n_stages)
 
     async def events(self) -> AsyncGenerator[Event, None]:
@@ -158,6 +161,7 @@ class _Run:
         head = (await self._on_worker(lambda: model.head)).value
         self._sampler = Sampler(self._params, head.vocab_size)
         session = await self._open()
+        self._n_held = session.n_held
         try:
             yield Started(
                 session=session.name, prompt_tokens=self._n_prompt, stages=self._route.spans
@@ -179,6 +183,11 @@ class _Run:
                     hidden_size=self._model.checkpoint.config.hidden_size,
                     # The last token is never fed back, so its position needs no room.
                     n_tokens=self._n_prompt + self._max_tokens - 1,
+                    prefix=prefix_keys(
+                        self._tokens,
+                        model_digest=self._model.digest,
+                        secret=self._owner.prefix_secret,
+                    ),
                 )
             )
         except NotReady as error:  # a pipeline knows the model's digest only
@@ -243,8 +252,8 @@ class _Run:
         """Send the prompt in chunks, a few in flight so that no stage waits; returns the last."""
         head = self._model.head
         in_flight: deque[asyncio.Future[StepResult]] = deque()
-        prompt = self._tokens
-        for begin, end in prefill_chunks(len(prompt)):
+        prompt, n_held = self._tokens, session.n_held
+        for begin, end in prefill_chunks(len(prompt), start=n_held):
             if len(in_flight) > self._route.n_stages:
                 self._totals.add(await self._within(session.wait(in_flight.popleft())))
             chunk = prompt[begin:end]
@@ -321,7 +330,7 @@ class _Run:
             text=text,
             prompt_tokens=self._n_prompt,
             completion_tokens=n_generated,
-            cached_tokens=0,
+            cached_tokens=self._n_held,
             ttft_s=first_at - self._began_at,
             decode_s=last_at - first_at,
             stages=stages,

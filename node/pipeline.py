@@ -24,6 +24,7 @@ from covey.transport.messages import (
 )
 from covey.transport.tasks import Tasks
 
+from .engine.stage import PAGE_TOKENS
 from .engine.tensors import HiddenStates
 from .errors import Busy, NotReady
 from .errors import SessionFailed as Failed
@@ -60,6 +61,7 @@ class PipelineSession:
     def __init__(self, name: str, route: Route, hidden_size: int, switch: Switch) -> None:
         self.name = name
         self.route = route
+        self.n_held = 0  # leading positions that every stage holds already
         self._hidden_size = hidden_size
         self._switch = switch
         self._next_step = 0
@@ -180,9 +182,22 @@ class Pipelines:
         return iter(list(self._sessions.values()))
 
     async def open(
-        self, name: str, route: Route, *, hidden_size: int, n_tokens: int
+        self,
+        name: str,
+        route: Route,
+        *,
+        hidden_size: int,
+        n_tokens: int,
+        prefix: Sequence[bytes] = (),
     ) -> PipelineSession:
         """Open a session on every stage at once; all or none of them keeps a lease.
+
+        Args:
+            name: of the session.
+            route: whose stages it runs on.
+            hidden_size: columns of the hidden states.
+            n_tokens: positions to lease.
+            prefix: see `node/prefix.py`.
 
         Raises:
             Busy: a stage has no room now.
@@ -193,7 +208,7 @@ class Pipelines:
         session = PipelineSession(name, route, hidden_size, self._switch)
         self._sessions[name] = session
         try:
-            await self._open_stages(session, n_tokens)
+            await self._open_stages(session, n_tokens, list(prefix))
         except BaseException:  # a cancelled one too leaves no lease behind
             self.close(session)
             raise
@@ -233,13 +248,19 @@ class Pipelines:
         await self._tasks.join(timeout_s=1.0)
         await self._tasks.aclose()
 
-    async def _open_stages(self, session: PipelineSession, n_tokens: int) -> None:
+    async def _open_stages(
+        self, session: PipelineSession, n_tokens: int, prefix: list[bytes]
+    ) -> None:
         results = await asyncio.gather(
-            *(self._open_stage(session, idx, n_tokens) for idx in range(session.route.n_stages)),
+            *(
+                self._open_stage(session, idx, n_tokens, prefix)
+                for idx in range(session.route.n_stages)
+            ),
             return_exceptions=True,
         )
         errors = [result for result in results if isinstance(result, BaseException)]
         if not errors:
+            session.n_held = min(held for held in results if isinstance(held, int))
             return
         for error in errors:
             if not isinstance(error, TransportError):
@@ -249,7 +270,9 @@ class Pipelines:
         model = session.route.plan.model_digest[:8]
         raise NotReady(model, f"a stage did not open the session: {errors[0]}") from errors[0]
 
-    async def _open_stage(self, session: PipelineSession, idx: int, n_tokens: int) -> None:
+    async def _open_stage(
+        self, session: PipelineSession, idx: int, n_tokens: int, prefix: list[bytes]
+    ) -> int:
         peers = session.route.peers
         own = self._switch.own_peer_id
         request = OpenSession(
@@ -260,14 +283,18 @@ class Pipelines:
             n_tokens=n_tokens,
             previous=peers[idx - 1] if idx else own,
             next=peers[idx + 1] if idx + 1 < len(peers) else own,
+            prefix=prefix,
         )
         try:
             async with asyncio.timeout(OPEN_TIMEOUT_S):
                 answer = await self._switch.request(peers[idx], request, timeout_s=OPEN_TIMEOUT_S)
         except TimeoutError as error:
             raise LinkTimeout("open session", OPEN_TIMEOUT_S) from error
-        if answer != SessionOpened(session=session.name):
+        if not isinstance(answer, SessionOpened) or answer.session != session.name:
             raise UnexpectedMessage(f"a stage answers with a {type(answer).__name__}")
+        if answer.n_held > PAGE_TOKENS * len(prefix):
+            raise UnexpectedMessage("a stage holds more of a prompt than it was told of")
+        return answer.n_held
 
     async def _close_stage(self, name: str, peer: str) -> None:
         # A stage that cannot be told ends the session by its idle time-out.

@@ -33,6 +33,7 @@ from covey.transport.peer import Peer
 
 from .catalog import Catalog, LocalModel
 from .config import NodeConfig
+from .engine.errors import EngineError
 from .engine.lease import LeaseTable
 from .errors import NodeError
 from .home import Home
@@ -260,8 +261,15 @@ class Planning:
             stage_idx = route.peers.index(node.peer_id)
             span = route.spans[stage_idx]
             logger.info("loading blocks %d to %d of %s", *span, model.name)
-            engine = (await node.loader.run(lambda: model.load_stage(span, verify=True))).value
-        except NodeError as error:
+            taken = sum(other.taken_bytes for other in node.server.stages.values())
+            weights = sum(model.layout.block_bytes[slice(*span)])
+            kv_bytes = max(device.memory_bytes - weights - taken, 0)
+            engine = (
+                await node.loader.run(
+                    lambda: model.load_stage(span, verify=True, kv_bytes=kv_bytes)
+                )
+            ).value
+        except (NodeError, EngineError) as error:
             logger.warning("a plan cannot run here: %s", error)
             self._failed.add(digest)
             return
@@ -274,11 +282,8 @@ class Planning:
             return
         if self._is_withdrawn:
             return
-        taken = sum(other.taken_bytes for other in node.server.stages.values())
         leases = LeaseTable(
-            bytes_per_token=engine.kv_bytes_per_token,
-            capacity_bytes=max(device.memory_bytes - engine.weight_bytes - taken, 0),
-            ttl_s=LEASE_TTL_S,
+            bytes_per_token=engine.kv_bytes_per_token, capacity_bytes=kv_bytes, ttl_s=LEASE_TTL_S
         )
         self._say_ready(node.server.add(route, stage_idx, engine, leases))
 

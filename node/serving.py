@@ -34,9 +34,10 @@ from .engine.lease import LeaseTable
 from .engine.stage import Stage, Step
 from .engine.tensors import HiddenStates
 from .hidden import WrongTensor, pack, unpack
+from .prefix import bound_to_head
 from .route import Route
 from .switch import Switch, WrongFrame, code_of
-from .worker import Worker
+from .worker import Done, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -165,24 +166,25 @@ class StageServer:
     def _open(self, head: str, request: OpenSession) -> Coroutine[Any, Any, SessionOpened]:
         """Admit a session here and now, so that a CloseSession right behind it finds it."""
         stage, name, n_tokens = self._admit(request), request.session, request.n_tokens
+        keys = bound_to_head(request.prefix, head)
         stage.leases.grant(name, n_tokens=n_tokens, now=self._clock())
         session = _Session(request, head, stage, asyncio.Queue(MAX_QUEUED_FORWARDS))
         self._sessions[name] = session
         self._is_idle.clear()
-        opened = self._worker.run(lambda: stage.engine.open_session(name, n_tokens))
+        opened = self._worker.run(lambda: stage.engine.open_session(name, n_tokens, keys))
         return self._opened(session, opened)
 
-    async def _opened(self, session: _Session, opened: Awaitable[object]) -> SessionOpened:
+    async def _opened(self, session: _Session, opened: Awaitable[Done[int]]) -> SessionOpened:
         name = session.request.session
         try:
-            await opened
+            session.position = (await opened).value
         except BaseException:
             self._end(session, None)
             raise
         if self._sessions.get(name) is not session:
             raise RefusedByPeer(session.ended_by or ErrorCode.UNKNOWN_SESSION)
         session.task = self._tasks.spawn(self._run(session), f"session {name}")
-        return SessionOpened(session=name)
+        return SessionOpened(session=name, n_held=session.position)
 
     def _admit(self, request: OpenSession) -> LoadedStage:
         if self._is_refusing:

@@ -15,11 +15,12 @@ from msgspec import Meta, Struct
 
 from .errors import ErrorCode
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 MAX_STAGES = 64
 MAX_BLOCKS = 1024
 MAX_TOKENS = 1 << 20
+MAX_PREFIX_KEYS = 1024
 
 PeerId = Annotated[str, Meta(min_length=40, max_length=64, pattern=r"\A[1-9A-HJ-NP-Za-km-z]+\Z")]
 SessionId = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"\A[0-9A-Za-z_-]+\Z")]
@@ -29,6 +30,7 @@ BlockIdx = Annotated[int, Meta(ge=0, le=MAX_BLOCKS)]
 TokenCount = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
 Microseconds = Annotated[int, Meta(ge=0, le=1 << 42)]
 ByteCount = Annotated[int, Meta(ge=0, le=1 << 48)]
+PrefixKey = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Address = Annotated[str, Meta(min_length=3, max_length=256)]
 DType = Literal["fp32", "fp16", "bf16"]
 Codec = Literal["exact", "fp16"]
@@ -116,7 +118,8 @@ class OpenSession(Message, tag="open", frozen=True, kw_only=True):
     """The head asks one stage to lease KV cache for a session; answered by SessionOpened.
 
     `previous` is the only peer whose Forward frames the stage will take, `next` the one it pushes
-    its result to; at the two ends both are the head.
+    its result to; at the two ends both are the head. `prefix` has a key for each 64 tokens that
+    the prompt begins with (`node/prefix.py`); a stage may still hold what it computed for them.
     """
 
     session: SessionId
@@ -126,12 +129,17 @@ class OpenSession(Message, tag="open", frozen=True, kw_only=True):
     n_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
     previous: PeerId
     next: PeerId
+    prefix: Annotated[list[PrefixKey], Meta(max_length=MAX_PREFIX_KEYS)] = []
 
 
 class SessionOpened(Message, tag="opened", frozen=True, kw_only=True):
-    """The lease stands; the stage waits for the first Forward."""
+    """The lease stands; the stage waits for the first Forward.
+
+    It holds the first `n_held` positions already, so that Forward may begin there, or before.
+    """
 
     session: SessionId
+    n_held: TokenCount = 0
 
 
 class StageTrace(Struct, frozen=True, array_like=True):

@@ -15,6 +15,8 @@ import numpy.typing as npt
 from .errors import EngineError
 from .tensors import EngineDtype, HiddenStates
 
+PAGE_TOKENS = 64  # positions that a key of a prefix stands for, and a page of KV cache holds
+
 
 @dataclass(frozen=True, slots=True)
 class Step:

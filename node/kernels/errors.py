@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from covey.errors import CoveyError
+from covey.node.engine.errors import EngineError
 
 
-class KernelsUnavailable(CoveyError):
+class KernelsUnavailable(EngineError):
     """The native engine cannot run here: use the torch one, and show the reason."""
 
 
-class KernelFailed(CoveyError):
+class KernelFailed(EngineError):
     """The library refused its arguments or had no memory; `status` is its return value."""
 
     def __init__(self, function: str, status: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -302,7 +303,9 @@ class Engine:
 
 def page_memory(n_bytes: int) -> Bytes:
     """Zeros that take physical memory only where they are written to; freed with the array."""
-    memory = mmap.mmap(-1, n_bytes)
+    if sys.platform == "win32":
+        return np.frombuffer(mmap.mmap(-1, n_bytes), dtype=np.uint8)
+    memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         # Attention reads it all for every token: a fifth faster with large pages.
         with suppress(OSError):

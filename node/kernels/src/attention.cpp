@@ -116,8 +116,7 @@ private:
         if (range.is_empty()) return;
         const int width = (range.end + kLanes - 1) / kLanes * kLanes;
         float* scores = scores_ + int64_t{row} * kSegment + tile * kTile;
-        for (int r = 0; r < n_rows; r++) std::fill_n(scores + r * kSegment, width, 0.0f);
-        attention_product(n_rows, width, rows_.values + int64_t{row} * head_dim_, head_dim_, keys,
+        attention_product<false>(n_rows, width, rows_.values + int64_t{row} * head_dim_, head_dim_, keys,
                           ahead, kTile, scores, kSegment, head_dim_);
     }
 
@@ -126,7 +125,7 @@ private:
         const Range range = in_tile(seen(row, row + n_rows - 1), tile);
         if (range.is_empty()) return;
         const int64_t skipped = int64_t{range.begin} * head_dim_;
-        attention_product(n_rows, head_dim_,
+        attention_product<true>(n_rows, head_dim_,
                           scores_ + int64_t{row} * kSegment + tile * kTile + range.begin, kSegment,
                           values + skipped, ahead ? ahead + skipped : nullptr, head_dim_,
                           out_.values + int64_t{row} * head_dim_, head_dim_,

@@ -6,7 +6,7 @@ namespace covey {
 namespace {
 
 constexpr int kItemsPerThread = 8;   // at least, of equal work, where there is enough of it
-constexpr int kMostPositions = 16;   // of a unit: rows that share a tile widened once
+constexpr int kMostPositions = 32;   // of a unit: rows that share a tile widened once
 constexpr int kLeastPositions = 4;   // fewer make reading the tiles the larger part
 // What reading a segment costs in rows of arithmetic on it.
 constexpr int64_t kReadingCost = 2;

@@ -55,6 +55,18 @@ def test_greedy_text_over_three_stages_equals_one_process(swarm: Swarm, alone: A
     ]
 
 
+def test_a_prompt_that_begins_like_another_is_not_computed_again(
+    swarm: Swarm, alone: Alone
+) -> None:
+    long = " ".join(f"Fact {i} about the sky." for i in range(30))
+    assert ask(swarm.head, long + SKY).usage.cached_tokens == 0
+    for question in (SKY, CAT):
+        result = ask(swarm.head, long + question)
+        assert result.text == alone(long + question, GREEDY)
+        assert result.usage.cached_tokens % 64 == 0
+        assert 128 <= result.usage.cached_tokens < result.usage.prompt_tokens
+
+
 def test_a_seeded_sample_equals_one_process(swarm: Swarm, alone: Alone) -> None:
     params = SamplingParams(max_tokens=24, temperature=0.9, top_p=0.9, top_k=40, seed=7)
     result = swarm.head.chat(
