@@ -29,7 +29,7 @@ class Row:
 
 def report(rows: Sequence[Row]) -> None:
     """Print the table and, as the last line, the JSON object. A miss is printed, not hidden."""
-    width = max(len(row.figure) for row in rows)
+    width = max((len(row.figure) for row in rows), default=0)
     for row in rows:
         wanted = "" if row.target is None else f"{row.direction} {row.target:g}"
         verdict = {True: "met", False: "MISSED", None: ""}[row.met]
