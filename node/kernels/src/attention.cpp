@@ -97,7 +97,7 @@ private:
         if (rows_.n_rows >= kWidenFrom) {
             const int n = kTile * head_dim_;
             float* floats = scratch_.tile.reserve(static_cast<std::size_t>(n));
-            for (int i = 0; i < n; i += kLanes) store(floats + i, widen(elements + i));
+            for (int i = 0; i < n; i += kLanes) store(floats + i, load(elements + i));
             widened = floats;
         }
         for (int row = 0; row < rows_.n_rows; row += panel_height_) {

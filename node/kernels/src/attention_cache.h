@@ -55,18 +55,4 @@ struct HeadCache {
     void write(int64_t position, const float* key, const float* value) const;
 };
 
-// Sixteen stored numbers as floats; those of bytes are not scaled yet.
-inline F32x16 widen(const float* p) { return load(p); }
-inline F32x16 widen(const uint16_t* p) { return load(p); }
-inline F32x16 widen(const int8_t* p) {
-#ifdef COVEY_SIMD_AVX512
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
-#else
-    float lanes[kLanes];
-    for (int i = 0; i < kLanes; i++) lanes[i] = static_cast<float>(p[i]);
-    return load(lanes);
-#endif
-}
-
 }  // namespace covey

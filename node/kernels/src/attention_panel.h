@@ -31,7 +31,7 @@ inline void panel(const float* a, int64_t a_stride, const B* b, const B* ahead, 
     for (int i = 0; i < n; i++) {
         if (ahead) prefetch(ahead + i * b_stride, N * kLanes * sizeof(B));
         F32x16 row[N];
-        for (int v = 0; v < N; v++) row[v] = widen(b + i * b_stride + v * kLanes);
+        for (int v = 0; v < N; v++) row[v] = load(b + i * b_stride + v * kLanes);
         for (int r = 0; r < R; r++) {
             const F32x16 x = splat(a[r * a_stride + i]);
             for (int v = 0; v < N; v++) sums[r][v] = fma(x, row[v], sums[r][v]);
