@@ -23,7 +23,8 @@ _GROUP = 32  # columns with one scale and minimum
 _GROUPS = COLUMNS // _GROUP
 _LARGEST_CODE = 15
 _LARGEST_SCALE = 63
-_TRIED = np.float32(_LARGEST_CODE) + np.linspace(-1, 1, 21, dtype=np.float32)  # steps in the range
+_TRIED = np.arange(140, 161, dtype=np.float32) / np.float32(10)  # steps in the range
+_FLAT = np.float32(1e-5)  # of numbers with nearly one code only rounding is left to fit a line to
 _PIECE = 256  # super-blocks at once: what is computed on stays in the CPU's cache
 
 
@@ -98,7 +99,7 @@ def _fit(x: Floats) -> tuple[Floats, Floats]:
         np.copyto(at, -low, where=is_above)
         error = sum_yy - 2 * (s * sum_cy + at * sum_y)
         error += s * s * sum_cc + 2 * s * at * sum_c + at * at * sum_w
-        is_better = (determinant > 0) & (error < best)
+        is_better = (determinant > _FLAT * sum_w * sum_cc) & (error < best)
         for mine, its in ((scale, s), (first, at), (best, error)):
             np.copyto(mine, its, where=is_better)
     return scale, -(first + low)
@@ -127,9 +128,7 @@ def _scale_bytes(scales: Bytes, minima: Bytes) -> Bytes:
 
 def _inverse(values: Floats, numerator: float | np.float32) -> Floats:
     """numerator / values, and 0 for 0."""
-    return np.divide(
-        np.float32(numerator), values, out=np.zeros_like(values), where=values != 0
-    )
+    return np.divide(np.float32(numerator), values, out=np.zeros_like(values), where=values != 0)
 
 
 def _sum(x: Floats) -> Floats:
@@ -138,4 +137,5 @@ def _sum(x: Floats) -> Floats:
     while half:
         np.add(x[:half], x[half : 2 * half], out=x[:half])
         half //= 2
-    return x[0].copy()
+    total: Floats = x[0].copy()
+    return total
