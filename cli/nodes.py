@@ -65,6 +65,17 @@ Threads = Annotated[
         help="Threads of the engine; by default every core, less one if there are more than two.",
     ),
 ]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        help="Quantise weights in F32, F16 or BF16 as the native engine loads them: q8_0, q4_0 or "
+        "q4_k. Models that are quantised already stay as they are. All members do the same."
+    ),
+]
+Speed = Annotated[
+    float,
+    typer.Option(hidden=True, help="Behave like a machine of this share of the speed."),
+]
 Prefer = Annotated[str, typer.Option(help="What plans aim at: latency, throughput or balanced.")]
 Context = Annotated[int, typer.Option(min=16, help="Longest session to keep room for, in tokens.")]
 Mdns = Annotated[bool, typer.Option(help="Find members on the local network by themselves.")]
@@ -102,6 +113,8 @@ def up(
     memory: Memory = None,
     engine: Engine = "auto",
     threads: Threads = None,
+    quantize: Quantize = None,
+    speed: Speed = 1.0,
     prefer: Prefer = "balanced",
     context: Context = 2048,
     mdns: Mdns = True,
@@ -127,6 +140,8 @@ def up(
         memory=memory,
         engine=engine,
         threads=threads,
+        quantize=quantize,
+        speed=speed,
         prefer=prefer,
         context_tokens=context,
         mdns=mdns,
@@ -151,6 +166,8 @@ def join(
     memory: Memory = None,
     engine: Engine = "auto",
     threads: Threads = None,
+    quantize: Quantize = None,
+    speed: Speed = 1.0,
     prefer: Prefer = "balanced",
     context: Context = 2048,
     mdns: Mdns = True,
@@ -177,6 +194,8 @@ def join(
         memory=memory,
         engine=engine,
         threads=threads,
+        quantize=quantize,
+        speed=speed,
         prefer=prefer,
         context_tokens=context,
         mdns=mdns,

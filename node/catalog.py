@@ -40,6 +40,11 @@ class LocalModel:
         """Threads of its engine."""
         return self._engines.threads
 
+    @property
+    def speed(self) -> float:
+        """Share of this machine's speed that its engine keeps to."""
+        return self._engines.speed
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Built at first use, about 0.2 s."""

@@ -11,7 +11,8 @@ from typing import get_args
 
 from covey.partition.choose import Prefer
 
-from .engines import ENGINE_CHOICES, EngineChoice
+from .engine.tensors import Quantization
+from .engines import ENGINE_CHOICES, QUANTIZATIONS, EngineChoice, check_native_only
 from .errors import ConfigError
 
 PREFERENCES: tuple[Prefer, ...] = get_args(Prefer)
@@ -48,6 +49,8 @@ class NodeConfig:
     memory_bytes: int | None = None  # most weights and KV cache; None: measured
     engine: EngineChoice = "auto"
     threads: int | None = None  # of the engine; None: `default_threads`
+    quantize: Quantization | None = None  # what float matrices become; None: they stay
+    speed: float = 1.0  # share of this machine's speed that the engine keeps to
     prefer: Prefer = "balanced"
     context_tokens: int = 2048  # longest session that plans and leases reckon with
     max_sessions: int = 8  # generations at once, as head
@@ -66,6 +69,11 @@ class NodeConfig:
         _within("grace", self.grace_s, 0, 3600)
         if self.engine not in ENGINE_CHOICES:
             raise ConfigError(f"engine: {self.engine!r} is none of {', '.join(ENGINE_CHOICES)}")
+        if self.quantize not in (None, *QUANTIZATIONS):
+            raise ConfigError(f"quantize: {self.quantize!r} is none of {', '.join(QUANTIZATIONS)}")
+        if not 0 < self.speed <= 1:
+            raise ConfigError(f"speed: {self.speed} must be above 0 and at most 1")
+        check_native_only(self.engine, self.quantize, self.speed)
         if self.prefer not in PREFERENCES:
             raise ConfigError(f"prefer: {self.prefer!r} is none of {', '.join(PREFERENCES)}")
         if not 1 <= len(self.name) <= 64 or not self.name.isprintable():

@@ -1,7 +1,8 @@
 """Which engine runs a model on this machine, and how its parts are loaded.
 
-`native` computes on the file's own quantised weights (`node/kernels/`); `fp32` and `bf16` are the
-torch reference. Torch is imported only where it runs: a node on the native engine never does.
+`native` computes on the file's own quantised weights, or on float weights that it quantises when it
+packs them (`node/kernels/`); `fp32` and `bf16` are the torch reference. Torch is imported only
+where it runs: a node on the native engine never does.
 """
 
 from __future__ import annotations
@@ -14,20 +15,29 @@ from typing import Any, Literal, get_args
 import psutil
 
 from .engine.stage import Head, Stage
-from .engine.tensors import HIDDEN_DTYPES, EngineKind, itemsize
+from .engine.tensors import (
+    HIDDEN_DTYPES,
+    NATIVE_KINDS,
+    EngineKind,
+    Quantization,
+    is_native,
+    itemsize,
+    quantized_as,
+)
 from .errors import ConfigError
 from .kernels.errors import KernelsUnavailable
 from .kernels.library import Engine as NativeEngine
 from .kernels.library import load_library
 from .kernels.native_head import head_parts, load_native_head
 from .kernels.native_stage import KV_ITEMSIZE, kernel_shape, load_native_stage
-from .kernels.packed import block_bytes
+from .kernels.packed import Packer
 from .kernels.packed_cache import PackedCache
 from .model.checkpoint import Checkpoint
 from .model.errors import UnsupportedModel
 
 EngineChoice = Literal["auto", "native", "fp32", "bf16"]
 ENGINE_CHOICES: tuple[EngineChoice, ...] = get_args(EngineChoice)
+QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 
 
 def default_threads() -> int:
@@ -50,6 +60,9 @@ class Engines:
     """Loads stages and heads; one per process, so that the native ones share their threads.
 
     `choice` "auto" is native wherever the library is there and has kernels for the model.
+    `quantize` is what matrices in F32, F16 and BF16 become; models that are quantised already stay
+    what they are. With a `speed` below 1 the node behaves like a machine of that share of this
+    one's speed. Both are for the native engine only.
     """
 
     def __init__(
@@ -57,24 +70,39 @@ class Engines:
         choice: EngineChoice = "auto",
         threads: int | None = None,
         cache: PackedCache | None = None,
+        *,
+        quantize: Quantization | None = None,
+        speed: float = 1.0,
     ) -> None:
         self.choice = choice
         self.threads = threads or default_threads()
+        self.quantize = quantize
+        self.speed = speed
         self._cache = cache or PackedCache()
 
     def kind_of(self, checkpoint: Checkpoint) -> EngineKind:
         """The engine that runs a model here.
 
         Raises:
-            ConfigError: "native" was asked for and cannot be had; the text says why.
+            ConfigError: "native", or what only it does, was asked for and cannot be had; the text
+                says why.
         """
+        check_native_only(self.choice, self.quantize, self.speed)
         if self.choice in ("fp32", "bf16"):
             return self.choice
-        reason = why_not_native(checkpoint)
+        reason = why_not_native(checkpoint, self.quantize)
         if reason is None:
-            return "native"
+            packer = Packer(load_library(), self.quantize)
+            blocks = map(checkpoint.block_parts, range(checkpoint.config.n_blocks))
+            return NATIVE_KINDS[self.quantize if any(map(packer.changes, blocks)) else None]
         if self.choice == "native":
             raise ConfigError(f"engine: native cannot run {checkpoint.name}: {reason}")
+        for field, is_asked in (("quantize", self.quantize), ("speed", self.speed != 1.0)):
+            if is_asked:
+                raise ConfigError(
+                    f"{field}: needs the native engine, which cannot run "
+                    f"{checkpoint.name}: {reason}"
+                )
         return "fp32"
 
     def load_stage(
@@ -93,7 +121,7 @@ class Engines:
         native engine always does so when it packs one, and then keeps it on disk. `kv_bytes` is
         all that its KV cache may take, prefixes kept for later sessions included.
         """
-        if kind == "native":
+        if is_native(kind):
             return load_native_stage(
                 checkpoint,
                 span,
@@ -101,20 +129,23 @@ class Engines:
                 on_block=on_block,
                 cache=self._cache,
                 kv_bytes=kv_bytes,
+                quantize=quantized_as(kind),
             )
         self._set_torch_threads()
         from .engine.torch_stage import load_stage
 
-        return load_stage(checkpoint, span, kind, on_block=on_block, verify=verify)
+        return load_stage(checkpoint, span, HIDDEN_DTYPES[kind], on_block=on_block, verify=verify)
 
     def load_head(self, checkpoint: Checkpoint, kind: EngineKind) -> Head:
         """Read embedding, final norm and output matrix."""
-        if kind == "native":
-            return load_native_head(checkpoint, engine=self._native, cache=self._cache)
+        if is_native(kind):
+            return load_native_head(
+                checkpoint, engine=self._native, cache=self._cache, quantize=quantized_as(kind)
+            )
         self._set_torch_threads()
         from .engine.head import load_head
 
-        return load_head(checkpoint, kind)
+        return load_head(checkpoint, HIDDEN_DTYPES[kind])
 
     def facts(self) -> dict[str, Any]:
         """What `covey status` says of the engine."""
@@ -128,7 +159,7 @@ class Engines:
 
     @cached_property
     def _native(self) -> NativeEngine:
-        return NativeEngine(load_library(), self.threads)
+        return NativeEngine(load_library(), self.threads, speed=self.speed)
 
     def _set_torch_threads(self) -> None:
         """For the whole process: torch's results are identical only for equal numbers."""
@@ -137,15 +168,22 @@ class Engines:
         torch.set_num_threads(self.threads)
 
 
-def why_not_native(checkpoint: Checkpoint) -> str | None:
+def check_native_only(choice: EngineChoice, quantize: Quantization | None, speed: float) -> None:
+    """Raise ConfigError if torch is asked for what only the native engine does."""
+    for field, is_asked in (("quantize", quantize), ("speed", speed != 1.0)):
+        if is_asked and choice in ("fp32", "bf16"):
+            raise ConfigError(f"{field}: only the native engine does that, not --engine {choice}")
+
+
+def why_not_native(checkpoint: Checkpoint, quantize: Quantization | None = None) -> str | None:
     """Why the native engine cannot run a model here, in a phrase; None if it can."""
     try:
-        library = load_library()
+        packer = Packer(load_library(), quantize)
         kernel_shape(checkpoint.config)
         for block_idx in range(checkpoint.config.n_blocks):
-            block_bytes(library, checkpoint.block_parts(block_idx))
+            packer.block_bytes(checkpoint.block_parts(block_idx))
         for parts in head_parts(checkpoint).values():
-            block_bytes(library, parts)
+            packer.block_bytes(parts)
     except (KernelsUnavailable, UnsupportedModel) as error:
         return str(error)
     return None
@@ -154,15 +192,15 @@ def why_not_native(checkpoint: Checkpoint) -> str | None:
 def weight_sizes(checkpoint: Checkpoint, kind: EngineKind) -> WeightSizes:
     """What `kind` takes in memory; the same on every machine, for plans are judged by it."""
     config = checkpoint.config
-    if kind == "native":
-        library, ends = load_library(), head_parts(checkpoint)
+    if is_native(kind):
+        packer, ends = Packer(load_library(), quantized_as(kind)), head_parts(checkpoint)
         return WeightSizes(
             blocks=tuple(
-                block_bytes(library, checkpoint.block_parts(block_idx))
+                packer.block_bytes(checkpoint.block_parts(block_idx))
                 for block_idx in range(config.n_blocks)
             ),
-            embedding=block_bytes(library, ends["embedding"]),
-            head=block_bytes(library, ends["head"]),
+            embedding=packer.block_bytes(ends["embedding"]),
+            head=packer.block_bytes(ends["head"]),
             kv_per_token_per_block=config.kv_bytes_per_token(1, KV_ITEMSIZE),
         )
     element = itemsize(HIDDEN_DTYPES[kind])

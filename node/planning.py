@@ -35,6 +35,7 @@ from .catalog import Catalog, LocalModel
 from .config import NodeConfig
 from .engine.errors import EngineError
 from .engine.lease import LeaseTable
+from .engine.tensors import options_for
 from .errors import NodeError
 from .home import Home
 from .links import LinkMeter
@@ -217,7 +218,7 @@ class Planning:
             return
         if route.engine != model.engine:
             self._reasons[model.digest] = (
-                f"the swarm runs it on {route.engine}: start this node with --engine {route.engine}"
+                f"the swarm runs it on {route.engine}: start this node {options_for(route.engine)}"
             )
             self._routes.pop(model.digest, None)
             return

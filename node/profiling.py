@@ -105,5 +105,8 @@ def _read_speed(path: Path) -> float:
 
 
 def _cache_key(model: LocalModel) -> str:
-    parts = (__version__, model.digest, model.engine, model.threads, psutil.cpu_count())
+    parts = (
+        *(__version__, model.digest, model.engine),
+        *(model.threads, model.speed, psutil.cpu_count()),
+    )
     return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -63,7 +63,9 @@ class Node:
         self.swarm = entry.swarm
         self.started_at = time.time()
         self.stop_requested = asyncio.Event()
-        self.engines = Engines(config.engine, config.threads)
+        self.engines = Engines(
+            config.engine, config.threads, quantize=config.quantize, speed=config.speed
+        )
         self.catalog = Catalog.open(config.models, self.engines)
         self.worker = Worker("covey-engine")
         self.loader = Worker("covey-loader")

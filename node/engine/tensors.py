@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +16,11 @@ import numpy.typing as npt
 from .errors import InvalidHiddenStates
 
 EngineDtype = Literal["fp32", "bf16"]
-#: What computes: the C++ library on quantised weights, or torch in one of its dtypes.
-EngineKind = Literal["native", "fp32", "bf16"]
+#: What float matrices can be made into at load.
+Quantization = Literal["q8_0", "q4_0", "q4_k"]
+#: What computes: the C++ library on the file's own weights or on float weights that were quantised
+#: at load, or torch in one of its dtypes. Members of one plan have the same.
+EngineKind = Literal["native", "native-q8_0", "native-q4_0", "native-q4_k", "fp32", "bf16"]
 HiddenStates: TypeAlias = npt.NDArray[Any]  # of the dtype in NUMPY_DTYPES; checked, not typed
 
 NUMPY_DTYPES: Mapping[EngineDtype, np.dtype[Any]] = MappingProxyType(
@@ -26,8 +29,32 @@ NUMPY_DTYPES: Mapping[EngineDtype, np.dtype[Any]] = MappingProxyType(
 
 
 HIDDEN_DTYPES: Mapping[EngineKind, EngineDtype] = MappingProxyType(
-    {"native": "fp32", "fp32": "fp32", "bf16": "bf16"}
+    {kind: "bf16" if kind == "bf16" else "fp32" for kind in get_args(EngineKind)}
 )
+
+#: The native engines, by what they quantise float matrices to.
+NATIVE_KINDS: Mapping[Quantization | None, EngineKind] = MappingProxyType(
+    {None: "native", "q8_0": "native-q8_0", "q4_0": "native-q4_0", "q4_k": "native-q4_k"}
+)
+_QUANTIZATIONS = {kind: quantization for quantization, kind in NATIVE_KINDS.items()}
+
+
+def is_native(kind: EngineKind) -> bool:
+    """Whether the C++ library computes, and not torch."""
+    return kind in _QUANTIZATIONS
+
+
+def quantized_as(kind: EngineKind) -> Quantization | None:
+    """What an engine makes float matrices into; None if it leaves them."""
+    return _QUANTIZATIONS.get(kind)
+
+
+def options_for(kind: EngineKind) -> str:
+    """The options that start a node on this engine, for messages to people."""
+    quantization = quantized_as(kind)
+    if quantization is not None:
+        return f"with --quantize {quantization}"
+    return f"with --engine {kind}" + " and without --quantize" * is_native(kind)
 
 
 def itemsize(dtype: EngineDtype) -> int:

@@ -50,6 +50,11 @@ class MatrixType(IntEnum):
         return columns // self.block_columns * self.block_bytes
 
     @property
+    def is_float(self) -> bool:
+        """Whether it stores numbers one by one, not in blocks with a scale."""
+        return self.block_columns == 1
+
+    @property
     def number_starts(self) -> tuple[int, ...]:
         """Where the floating-point numbers of a block begin."""
         return _NUMBER_STARTS.get(self, (0,))

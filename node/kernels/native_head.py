@@ -12,13 +12,13 @@ import numpy.typing as npt
 
 from covey.node.engine.errors import UnknownToken
 from covey.node.engine.stage import Head
-from covey.node.engine.tensors import EngineDtype, HiddenStates, check_hidden
+from covey.node.engine.tensors import EngineDtype, HiddenStates, Quantization, check_hidden
 from covey.node.model.checkpoint import Checkpoint
 from covey.node.model.config import ModelConfig
 from covey.node.model.tensor_source import TensorSlice
 
 from .library import Engine, load_library
-from .packed import PackedBlock, pack_block
+from .packed import PackedBlock, Packer
 from .packed_cache import PackedCache
 
 
@@ -28,21 +28,23 @@ def load_native_head(
     *,
     engine: Engine | None = None,
     cache: PackedCache | None = None,
+    quantize: Quantization | None = None,
 ) -> Head:
     """Read and pack the embedding, the final norm and, unless it is tied, the output matrix.
 
-    `threads`, `engine` and `cache` are as in `load_native_stage`.
+    `threads`, `engine`, `cache` and `quantize` are as in `load_native_stage`.
 
     Raises:
         KernelsUnavailable, UnsupportedModel, CorruptModel: see `load_native_stage`.
     """
     engine = engine or Engine(load_library(), threads)
+    packer = Packer(engine.library, quantize)
 
     def load(blob: str) -> PackedBlock:
         parts = head_parts(checkpoint)[blob]
         if cache is None:
-            return pack_block(engine.library, checkpoint, parts)
-        return cache.load(engine.library, checkpoint, blob, parts)
+            return packer.pack(checkpoint, parts)
+        return cache.load(packer, checkpoint, blob, parts)
 
     return NativeHead(checkpoint.config, load("embedding"), load("head"), engine)
 

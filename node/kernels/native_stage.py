@@ -24,7 +24,7 @@ from covey.node.engine.errors import (
 )
 from covey.node.engine.rope import RopeTables
 from covey.node.engine.stage import Step, StepResult
-from covey.node.engine.tensors import EngineDtype, HiddenStates, check_hidden
+from covey.node.engine.tensors import EngineDtype, HiddenStates, Quantization, check_hidden
 from covey.node.model.checkpoint import Checkpoint
 from covey.node.model.config import ModelConfig
 from covey.node.model.errors import UnsupportedModel
@@ -42,7 +42,7 @@ from .library import (
     load_library,
     page_memory,
 )
-from .packed import PackedBlock, pack_block
+from .packed import PackedBlock, Packer
 from .packed_cache import PackedCache
 from .pages import PagePool, SessionPages
 
@@ -62,6 +62,7 @@ def load_native_stage(
     kv_bytes: int | None = None,
     kept_bytes: int = KEPT_BYTES,
     cache: PackedCache | None = None,
+    quantize: Quantization | None = None,
 ) -> NativeStage:
     """Read and pack the blocks of `span`, and nothing else of the model.
 
@@ -75,26 +76,27 @@ def load_native_stage(
         kv_bytes: of KV cache in all; by default sessions get what they ask for.
         kept_bytes: of it, what ended sessions may leave behind for others that begin alike.
         cache: where packed blocks are kept on disk; by default they are packed into memory.
+        quantize: what float matrices become; by default they stay as they are.
 
     Raises:
         ValueError: not a span of this model.
         KernelsUnavailable: no library.
         UnsupportedModel: a shape or tensor type that the kernels do not have; torch may.
-        CorruptModel: a weight's scale is NaN or infinite, or with `cache` a block is not what
-            `checkpoint.blobs` says.
+        CorruptModel: see `Packer.pack`; or with `cache` a block is not what it was.
     """
     start, end = span
     if not 0 <= start < end <= checkpoint.config.n_blocks:
         raise ValueError(f"span {span} of a model of {checkpoint.config.n_blocks} blocks")
     engine = engine or Engine(load_library(), threads)
+    packer = Packer(engine.library, quantize)
     shape = kernel_shape(checkpoint.config, KvType[kv_dtype.upper()])
     blocks = []
     for block_idx in range(start, end):
         parts = checkpoint.block_parts(block_idx)
         blocks.append(
-            pack_block(engine.library, checkpoint, parts)
+            packer.pack(checkpoint, parts)
             if cache is None
-            else cache.load(engine.library, checkpoint, f"block.{block_idx}", parts)
+            else cache.load(packer, checkpoint, f"block.{block_idx}", parts)
         )
         if on_block:
             on_block(len(blocks), end - start)

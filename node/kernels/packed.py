@@ -1,7 +1,8 @@
 """Weights as the kernels take them: a block of a checkpoint in one contiguous, aligned buffer.
 
-Packing only rearranges the file's own quantised blocks, bit for bit. Tensors of a type that has
-no kernel, and scales that are NaN or infinite, are refused here, before a kernel sees them.
+Packing only rearranges the file's own quantised blocks, bit for bit; float matrices can be
+quantised first. Tensors of a type that has no kernel, and weights or scales that are NaN or
+infinite, are refused here, before a kernel sees them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from covey.node.engine.tensors import Quantization
 from covey.node.model.checkpoint import Checkpoint
 from covey.node.model.errors import CorruptModel, UnsupportedModel
 from covey.node.model.layouts import expert_field
@@ -20,9 +22,11 @@ from covey.node.model.tensor_source import TensorInfo, TensorSlice
 
 from .library import Block, Bytes, Floats, Library, Matrix
 from .matrix_type import MatrixType
+from .quantize import quantize_matrix
 
 ALIGNMENT = 64
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # with experts "gate.0" and so on
+ENDS = ("embedding", "output")
 _FLOAT_TYPES = ("F32", "F16", "BF16")  # of what is kept as float32: norms, biases, routers
 
 
@@ -69,59 +73,95 @@ class PackedBlock:
         return Block(**fields, window=window, rope=rope)
 
 
-def block_bytes(library: Library, parts: Mapping[str, TensorSlice]) -> int:
-    """Bytes that a block of these parts takes when packed; raises UnsupportedModel."""
-    return sum(_aligned(_part_bytes(library, name, part)) for name, part in parts.items())
+@dataclass(frozen=True, slots=True)
+class Packer:
+    """Packs for one library; float matrices become `quantize` if that is given.
 
-
-def view_block(library: Library, parts: Mapping[str, TensorSlice], buffer: Bytes) -> PackedBlock:
-    """A buffer of `block_bytes` as what is in it, or will be: nothing is copied.
-
-    Raises:
-        UnsupportedModel: a tensor's type or shape has no kernel.
+    Of such a matrix the embedding and the output become Q8_0, as llama.cpp keeps them, and so does
+    a matrix whose rows are no whole blocks of Q4_K. Quantised matrices stay what they are.
     """
-    matrices, floats, at = {}, {}, 0
-    for name, part in parts.items():
-        size = _part_bytes(library, name, part)
-        data = buffer[at : at + size]
+
+    library: Library
+    quantize: Quantization | None = None
+
+    def matrix_type(self, name: str, info: TensorInfo) -> MatrixType:
+        """The packed type of one matrix; raises UnsupportedModel if there is none."""
+        kind = matrix_type(info)
+        if self.quantize is None or not kind.is_float:
+            return kind
+        wanted = MatrixType[self.quantize.upper()]
+        choices = (MatrixType.Q8_0,) if name in ENDS else (wanted, MatrixType.Q8_0)
+        fitting = (each for each in choices if info.shape[-1] % each.block_columns == 0)
+        return next(fitting, kind)
+
+    def changes(self, parts: Mapping[str, TensorSlice]) -> bool:
+        """Whether any of these matrices is quantised."""
+        return any(
+            is_matrix(name) and self.matrix_type(name, part.info) is not matrix_type(part.info)
+            for name, part in parts.items()
+        )
+
+    def block_bytes(self, parts: Mapping[str, TensorSlice]) -> int:
+        """Bytes that a block of these parts takes when packed; raises UnsupportedModel."""
+        return sum(_aligned(self._part_bytes(name, part)) for name, part in parts.items())
+
+    def view(self, parts: Mapping[str, TensorSlice], buffer: Bytes) -> PackedBlock:
+        """A buffer of `block_bytes` as what is in it, or will be: nothing is copied.
+
+        Raises:
+            UnsupportedModel: a tensor's type or shape has no kernel.
+        """
+        matrices, floats, at = {}, {}, 0
+        for name, part in parts.items():
+            size = self._part_bytes(name, part)
+            data = buffer[at : at + size]
+            if is_matrix(name):
+                rows, columns = part.info.shape
+                kind = self.matrix_type(name, part.info)
+                matrices[name] = PackedMatrix(kind, rows, columns, data)
+            else:
+                floats[name] = data.view(np.float32).reshape(part.info.shape)
+            at += _aligned(size)
+        return PackedBlock(buffer, matrices, floats)
+
+    def pack(
+        self,
+        checkpoint: Checkpoint,
+        parts: Mapping[str, TensorSlice],
+        buffer: Bytes | None = None,
+    ) -> PackedBlock:
+        """Read the parts of one block, or other parts, and pack them into zeroed `buffer`.
+
+        Raises:
+            UnsupportedModel: a tensor's type or shape has no kernel.
+            CorruptModel: a weight or a scale is NaN or infinite, or a weight is too large to be
+                quantised.
+        """
+        if buffer is None:
+            buffer = aligned_memory(self.block_bytes(parts))
+        block = self.view(parts, buffer)
+        for name, matrix in block.matrices.items():
+            blocks = _read_matrix(checkpoint, parts[name], matrix.kind)
+            self.library.pack(matrix.kind, matrix.rows, matrix.columns, blocks, matrix.data)
+        for name, values in block.floats.items():
+            values[:] = checkpoint.read(parts[name])
+        return block
+
+    def _part_bytes(self, name: str, part: TensorSlice) -> int:
         if is_matrix(name):
-            rows, columns = part.info.shape
-            matrices[name] = PackedMatrix(matrix_type(part.info), rows, columns, data)
-        else:
-            floats[name] = data.view(np.float32).reshape(part.info.shape)
-        at += _aligned(size)
-    return PackedBlock(buffer, matrices, floats)
-
-
-def pack_block(
-    library: Library,
-    checkpoint: Checkpoint,
-    parts: Mapping[str, TensorSlice],
-    buffer: Bytes | None = None,
-) -> PackedBlock:
-    """Read the parts of one block, or other parts, and pack them into zeroed `buffer`.
-
-    Raises:
-        UnsupportedModel: a tensor's type or shape has no kernel.
-        CorruptModel: a scale is NaN or infinite.
-    """
-    if buffer is None:
-        buffer = aligned_memory(block_bytes(library, parts))
-    block = view_block(library, parts, buffer)
-    for name, matrix in block.matrices.items():
-        _pack_matrix(library, checkpoint, parts[name], matrix)
-    for name, values in block.floats.items():
-        values[:] = checkpoint.read(parts[name])
-    return block
+            return packed_size(self.library, part.info, self.matrix_type(name, part.info))
+        if part.info.type not in _FLOAT_TYPES:
+            raise UnsupportedModel(f"type {part.info.type} of tensor {part.tensor!r}", _FLOAT_TYPES)
+        return 4 * prod(part.info.shape)
 
 
 def is_matrix(name: str) -> bool:
     """Whether a part is packed; else it is kept as float32."""
-    return name.partition(".")[0] in (*MATRICES, "embedding", "output")
+    return name.partition(".")[0] in (*MATRICES, *ENDS)
 
 
 def matrix_type(info: TensorInfo) -> MatrixType:
-    """The packed type of a tensor; raises UnsupportedModel if there is none."""
+    """The type of a tensor as it is; raises UnsupportedModel if there is no kernel for it."""
     if info.type not in MatrixType.__members__:
         raise UnsupportedModel(
             f"type {info.type} of tensor {info.name!r} in the native engine",
@@ -130,9 +170,9 @@ def matrix_type(info: TensorInfo) -> MatrixType:
     return MatrixType[info.type]
 
 
-def packed_size(library: Library, info: TensorInfo) -> int:
-    """Bytes that a matrix takes when packed; raises UnsupportedModel."""
-    kind = matrix_type(info)
+def packed_size(library: Library, info: TensorInfo, kind: MatrixType | None = None) -> int:
+    """Bytes that a matrix takes when packed as `kind`, or as it is; raises UnsupportedModel."""
+    kind = kind or matrix_type(info)
     multiple = max(kind.block_columns, 32)
     if len(info.shape) != 2 or info.shape[1] % multiple:
         raise UnsupportedModel(
@@ -149,26 +189,31 @@ def aligned_memory(n_bytes: int) -> Bytes:
     return memory[first : first + n_bytes]
 
 
-def _part_bytes(library: Library, name: str, part: TensorSlice) -> int:
-    if is_matrix(name):
-        return packed_size(library, part.info)
-    if part.info.type not in _FLOAT_TYPES:
-        raise UnsupportedModel(f"type {part.info.type} of tensor {part.tensor!r}", _FLOAT_TYPES)
-    return 4 * prod(part.info.shape)
-
-
-def _pack_matrix(
-    library: Library, checkpoint: Checkpoint, part: TensorSlice, matrix: PackedMatrix
-) -> None:
+def _read_matrix(checkpoint: Checkpoint, part: TensorSlice, kind: MatrixType) -> Bytes:
+    """The blocks of one matrix in `kind`: those of the file, or quantised from its numbers."""
     blocks = np.frombuffer(checkpoint.raw(part), dtype=np.uint8)
-    bad = matrix.kind.first_not_finite(blocks)
+    stored = matrix_type(part.info)
+    _check_finite(checkpoint, part, stored, blocks, "finite numbers")
+    if kind is stored:
+        return blocks
+    quantized = quantize_matrix(part.info, blocks, kind)
+    _check_finite(checkpoint, part, kind, quantized, f"numbers that {kind.name} can hold")
+    return quantized
+
+
+def _check_finite(
+    checkpoint: Checkpoint, part: TensorSlice, kind: MatrixType, blocks: Bytes, expected: str
+) -> None:
+    bad = kind.first_not_finite(blocks)
     if bad is not None:
+        stored = matrix_type(part.info)
+        at = bad // kind.block_bytes * kind.block_columns // stored.block_columns
         raise CorruptModel(
             checkpoint.path,
             part.tensor,
-            f"expected finite numbers in the block at byte {part.info.offset + bad}",
+            f"expected {expected} in the block at byte "
+            f"{part.info.offset + at * stored.block_bytes}",
         )
-    library.pack(matrix.kind, matrix.rows, matrix.columns, blocks, matrix.data)
 
 
 def _aligned(size: int) -> int:

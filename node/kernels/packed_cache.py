@@ -1,8 +1,9 @@
 """Packed weights on disk: written once, then mapped read-only.
 
 Several nodes on one machine share the memory of a mapping, and a restart reads nothing that the
-system still holds. A file is named by the hash of the blob it was made from, so that it belongs
-to exactly these weights, and ends with its own SHA-256, so that a damaged one is made anew.
+system still holds. A file is named by the hash of the blob it was made from and by what that was
+quantised to, so that it belongs to exactly these weights, and ends with its own SHA-256, so that a
+damaged one is made anew.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ import platformdirs
 from covey.node.model.checkpoint import Checkpoint
 from covey.node.model.tensor_source import TensorSlice
 
-from .library import Bytes, Library
-from .packed import PackedBlock, block_bytes, pack_block, view_block
+from .library import Bytes
+from .packed import PackedBlock, Packer
 
 logger = logging.getLogger(__name__)
 
-LAYOUT_VERSION = 1  # raise it when the kernels' layout of a format changes
+LAYOUT_VERSION = 1  # raise it when the kernels' layout of a format or a quantiser changes
 _DIGEST_BYTES = 32
 
 
@@ -37,7 +38,7 @@ class PackedCache:
         self._folder = folder or platformdirs.user_cache_path("covey") / "packed"
 
     def load(
-        self, library: Library, checkpoint: Checkpoint, blob: str, parts: Mapping[str, TensorSlice]
+        self, packer: Packer, checkpoint: Checkpoint, blob: str, parts: Mapping[str, TensorSlice]
     ) -> PackedBlock:
         """The parts of one blob ("block.3", "embedding", "head"), packed.
 
@@ -46,23 +47,24 @@ class PackedCache:
 
         Raises:
             UnsupportedModel: a tensor's type or shape has no kernel.
-            CorruptModel: a scale is NaN or infinite, or the blob is not what it was.
+            CorruptModel: see `Packer.pack`; or the blob is not what it was.
         """
-        size = block_bytes(library, parts)
+        size = packer.block_bytes(parts)
         sha256 = next(each.sha256 for each in checkpoint.blobs() if each.name == blob)
-        path = self._folder / f"{sha256}.{LAYOUT_VERSION}"
+        quantized = f".{packer.quantize}" if packer.changes(parts) else ""
+        path = self._folder / f"{sha256}.{LAYOUT_VERSION}{quantized}"
         buffer = _mapped(path, size)
         if buffer is not None:
-            return view_block(library, parts, buffer)
+            return packer.view(parts, buffer)
         checkpoint.verify_blob(blob)
-        block = pack_block(library, checkpoint, parts)
+        block = packer.pack(checkpoint, parts)
         try:
             _write(path, block.buffer)
         except OSError as error:
             logger.warning("packed weights stay in memory: %s: %s", path, error.strerror)
             return block
         buffer = _mapped(path, size)
-        return block if buffer is None else view_block(library, parts, buffer)
+        return block if buffer is None else packer.view(parts, buffer)
 
 
 def _mapped(path: Path, size: int) -> Bytes | None:

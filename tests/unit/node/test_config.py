@@ -79,6 +79,12 @@ def test_what_may_be_left_open_may_be_none() -> None:
     [
         ({"prefer": "cheap"}, "prefer"),
         ({"engine": "fp16"}, "engine"),
+        ({"quantize": "q5_k"}, "quantize"),
+        ({"quantize": "q8_0", "engine": "fp32"}, "quantize"),
+        ({"speed": 0.0}, "speed"),
+        ({"speed": 1.01}, "speed"),
+        ({"speed": float("nan")}, "speed"),
+        ({"speed": 0.5, "engine": "bf16"}, "speed"),
         ({"name": ""}, "name"),
         ({"name": "x" * 65}, "name"),
         ({"name": "a\nb"}, "name"),

@@ -13,7 +13,7 @@ import pytest
 from covey.node.engines import Engines
 from covey.node.kernels.errors import KernelsUnavailable
 from covey.node.kernels.library import Library, load_library
-from covey.node.kernels.packed import PackedBlock, pack_block
+from covey.node.kernels.packed import PackedBlock, Packer
 from covey.node.kernels.packed_cache import PackedCache
 from covey.node.model.checkpoint import Checkpoint, open_checkpoint
 from covey.node.model.errors import CorruptModel
@@ -45,13 +45,13 @@ def folder(tmp_path: Path) -> Path:
 
 def load(library: Library, checkpoint: Checkpoint, folder: Path) -> PackedBlock:
     parts = checkpoint.block_parts(1)
-    return PackedCache(folder).load(library, checkpoint, "block.1", parts)
+    return PackedCache(folder).load(Packer(library), checkpoint, "block.1", parts)
 
 
 def test_a_block_from_the_disk_is_the_packed_block(
     library: Library, checkpoint: Checkpoint, folder: Path
 ) -> None:
-    packed = pack_block(library, checkpoint, checkpoint.block_parts(1))
+    packed = Packer(library).pack(checkpoint, checkpoint.block_parts(1))
     for _ in range(2):
         loaded = load(library, checkpoint, folder)
         assert np.array_equal(loaded.buffer, packed.buffer)
