@@ -91,6 +91,12 @@ void Activations::quantization_error(int i, float* out) const {
     }
 }
 
+void Activations::quantize_pair(int i) {
+    quantize_row(i);
+    quantization_error(i, row(i + 1));
+    quantize_row(i + 1);
+}
+
 void rms_norm(const float* x, const float* weight, int n, float eps, float* out) {
     F32x16 squares = splat(0.0f);
     for (int i = 0; i < n; i += kLanes) squares = fma(load(x + i), load(x + i), squares);

@@ -65,10 +65,7 @@ int32_t covey_head_logits(covey_engine* engine, const covey_matrix* output, cons
             engine->pool.run(n, [&](int i, int) {
                 const float* from = hidden + int64_t{first + i} * columns;
                 rms_norm(from, norm, columns, eps, x.row(i * parts));
-                if (parts == 1) return;
-                x.quantize_row(2 * i);
-                x.quantization_error(2 * i, x.row(2 * i + 1));
-                x.quantize_row(2 * i + 1);
+                if (parts == 2) x.quantize_pair(2 * i);
             });
             product_rows(*engine, *output, x, parts, logits + int64_t{first} * output->rows);
         }
