@@ -12,7 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,6 +23,27 @@ from covey.errors import CoveyError
 START_S = 120.0  # a Raspberry Pi imports torch for half a minute
 STOP_S = 20.0  # a node lets its generations finish for ten
 POLL_S = 0.05
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back until the block ends; for the main thread.
+
+    A process that is started within it is in the hands of whoever will stop it before either is
+    noticed; an exception out of the middle of a start would leave it behind.
+    """
+    came: list[int] = []
+    before = {
+        number: signal.signal(number, lambda it, _: came.append(it))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for it in came:
+            signal.raise_signal(it)
 
 
 class NodeProcess:

@@ -21,7 +21,7 @@ from covey.client import Client, ClientError, Generation
 from covey.errors import CoveyError
 
 from . import options
-from .child import NodeProcess, wait_for
+from .child import NodeProcess, uninterrupted, wait_for
 from .render import err, out, print_json, seconds, size, table
 
 PLAN_S = 120.0
@@ -75,13 +75,15 @@ def _demo(
         raise CoveyError(f"{model} has {n_blocks} blocks: at most that many --nodes")
     cap = _cap(n_blocks, n_nodes)
     with err.status("starting node 0"):
-        first = stack.enter_context(_node(folder, 0, ["up", model], cap))
+        with uninterrupted():
+            first = stack.enter_context(_node(folder, 0, ["up", model], cap))
         client = stack.enter_context(Client(home=Path(first.facts["home"])))
         arguments = ["join", client.invite(uses=n_nodes - 1), "--model", model]
     with err.status(f"starting {n_nodes - 1} more"):
-        children = [first] + [
-            stack.enter_context(_node(folder, idx, arguments, cap)) for idx in range(1, n_nodes)
-        ]
+        children = [first]
+        for idx in range(1, n_nodes):
+            with uninterrupted():
+                children.append(stack.enter_context(_node(folder, idx, arguments, cap)))
         for child in children:
             child.wait_until_up()
     with err.status(f"waiting for a plan over {n_nodes} nodes of at most {cap} blocks each"):

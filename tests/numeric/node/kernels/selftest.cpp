@@ -345,6 +345,36 @@ void check_strange_numbers() {
 
 }  // namespace
 
+// Any bytes as a matrix of any type and size, each buffer exactly as long as the library is told.
+void fuzz_packers() {
+    Engine two(2);
+    for (int round = 0; round < 400; round++) {
+        const int type = static_cast<int>(random_bits() % 32), rows = 1 + random_bits() % 40;
+        const int columns = (round % 2 ? 256 : 32) * (1 + static_cast<int>(random_bits() % 3));
+        const int64_t packed_bytes = covey_packed_bytes(type, rows, columns);
+        const covey::Format* format = covey::find_format(type);
+        if (packed_bytes < 0) {  // unknown, or a K type and 32 columns
+            CHECK(!covey::is_float_type(type) && (!format || columns % format->columns));
+            continue;
+        }
+        const int64_t row_bytes = format ? columns / format->columns * format->file_bytes
+                                         : columns * (type == COVEY_F32 ? 4 : 2);
+        Exact<uint8_t> blocks(static_cast<std::size_t>(row_bytes * rows));
+        Exact<uint8_t> packed(static_cast<std::size_t>(packed_bytes));
+        for (std::size_t i = 0; i < blocks.size; i++)
+            blocks.get()[i] = static_cast<uint8_t>(random_bits());
+        CHECK(covey_pack(type, rows, columns, blocks.get(), packed.get()) == COVEY_OK);
+        const covey_matrix matrix{type, rows, columns, 0, packed.get()};
+        const int n_rows = 1 + static_cast<int>(random_bits() % 14);
+        Exact<float> x(static_cast<std::size_t>(n_rows) * columns), row(columns);
+        Exact<float> y(static_cast<std::size_t>(n_rows) * rows);
+        for (std::size_t i = 0; i < x.size; i++) x.get()[i] = uniform(-2, 2);
+        const int32_t last[1] = {rows - 1};
+        CHECK(covey_embed(&matrix, last, 1, 1.0f, row.get()) == COVEY_OK);
+        CHECK(covey_multiply(two.handle, &matrix, x.get(), n_rows, y.get()) == COVEY_OK);
+    }
+}
+
 int main() {
     CHECK(covey_abi_version() == COVEY_ABI_VERSION);
     CHECK(covey_packed_bytes(COVEY_Q4_1, 16, 31) < 0 && covey_packed_bytes(99, 16, 32) < 0);
@@ -369,5 +399,6 @@ int main() {
         check_product(type);
     }
     check_strange_numbers();
+    fuzz_packers();
     std::printf("self-test passed\n");
 }

@@ -114,8 +114,13 @@ def reference(checkpoint: Checkpoint, hidden: Any) -> Any:
 
     w = checkpoint.block(0)
     normed = norm(x, w.attn_norm)
-    q, k = rotate(heads(product(normed, w.q))), rotate(heads(product(normed, w.k)))
-    k, v = (a.astype(np.float16).astype(np.float64) for a in (k, heads(product(normed, w.v))))
+    # Two bytes: what the first leaves out is rounded and multiplied too.
+    q, k, v = (
+        product(normed, weight) + product(normed - as_bytes(normed), weight) * (not is_float)
+        for weight in (w.q, w.k, w.v)
+    )
+    q, k = rotate(heads(q)), rotate(heads(k))
+    k, v = (a.astype(np.float16).astype(np.float64) for a in (k, heads(v)))
     scores = np.einsum("thd,shd->hts", q, k.repeat(group, 1)) / np.sqrt(config.head_dim)
     scores[:, np.triu(np.ones((n, n), dtype=bool), 1)] = -np.inf
     weights = np.exp(scores - scores.max(-1, keepdims=True))
