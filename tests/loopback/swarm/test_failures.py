@@ -174,7 +174,8 @@ def test_a_demo_that_is_stopped_leaves_nothing(
     tmp_path: Path, number: signal.Signals, n_nodes: int
 ) -> None:
     with subprocess.Popen(
-        [sys.executable, "-m", "covey.cli", "demo", "--json"],
+        # A shell that starts the tests in the background has them ignore Ctrl-C.
+        ["env", "--default-signal=INT", sys.executable, "-m", "covey.cli", "demo", "--json"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env={"PATH": "/usr/bin:/bin", "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"},

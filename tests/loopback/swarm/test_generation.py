@@ -144,9 +144,14 @@ def test_closing_a_stream_early_frees_every_stage(swarm: Swarm) -> None:
 
 async def test_cancelling_an_async_request_frees_every_stage(swarm: Swarm) -> None:
     async with async_client(swarm.members[0]) as client:
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(1.0):
-                await client.chat(messages(SKY), model=MODEL, max_tokens=500, temperature=0.0)
+        chat = client.chat(messages(SKY), model=MODEL, max_tokens=500, temperature=0.0)
+        asking = asyncio.create_task(chat)
+        await asyncio.to_thread(
+            wait_for, lambda: swarm.n_sessions() == 4, 10.0, "the request did not begin"
+        )
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
         # While the client is open: its cancelled request is what ends the session.
         await asyncio.to_thread(
             wait_for, lambda: swarm.n_sessions() == 0, 2.0, "a stage kept the session"
