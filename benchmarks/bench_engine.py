@@ -50,7 +50,7 @@ FIGURES: Mapping[str, Mapping[str, Figure]] = MappingProxyType(
     }
 )
 STEPS = {"smollm2": 32, "1b": 8}
-ROUNDS = {"smollm2": 9, "1b": 5}
+ROUNDS = {"smollm2": 5, "1b": 5}
 
 
 def _lab(model: str, rounds: int) -> Lab:
@@ -81,7 +81,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=FIGURES, default="smollm2")
-    parser.add_argument("--rounds", type=int, help="9 for smollm2, 5 for 1b")
+    parser.add_argument("--rounds", type=int, help="5 by default")
     parser.add_argument("--only", default="*", help=f"of {', '.join(FIGURES['smollm2'])}; or d*")
     options = parser.parse_args()
     rounds = options.rounds or ROUNDS[options.model]
