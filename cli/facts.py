@@ -79,7 +79,15 @@ def _render_status(facts: dict[str, Any]) -> None:
     )
     for model in facts["models"]:
         state = "ready" if model["is_ready"] else model["why_not"]
-        out.print(f"model {model['name']}: {state}")
+        out.print(f"model {model['name']}: {state}{_engine_text(model)}")
+
+
+def _engine_text(model: dict[str, Any]) -> str:
+    if model["engine"] is None:
+        return ""
+    if model["why_portable"]:
+        return f", portable engine ({model['engine']}): {model['why_portable']}"
+    return f", engine {model['engine']}"
 
 
 def _member_row(member: dict[str, Any]) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 Whatever waits when the worker comes to it is one batch. Sessions whose steps come a little apart
 would never meet in one, each taking its turn alone, so a batch that lacks sessions of the moment
 waits for them for a part of the time that a batch takes. A short step that is alone runs at once
-where it was asked for: two changes of thread would cost it a tenth of its time or more.
+where it was asked for, without two changes of thread.
 """
 
 from __future__ import annotations

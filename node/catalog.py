@@ -46,6 +46,11 @@ class LocalModel:
         return self._engines.speed
 
     @cached_property
+    def why_portable(self) -> str | None:
+        """Why it runs on torch though nobody asked for that; None if it does not."""
+        return self._engines.why_portable(self.checkpoint)
+
+    @cached_property
     def tokenizer(self) -> Tokenizer:
         """Built at first use, about 0.2 s."""
         return self.checkpoint.tokenizer()

@@ -147,8 +147,13 @@ class Engines:
 
         return load_head(checkpoint, HIDDEN_DTYPES[kind])
 
+    def why_portable(self, checkpoint: Checkpoint) -> str | None:
+        """Why a model runs on torch though nobody asked for that; None if it does not."""
+        is_asked = self.choice in ("fp32", "bf16")
+        return None if is_asked else why_not_native(checkpoint, self.quantize)
+
     def facts(self) -> dict[str, Any]:
-        """What `covey status` says of the engine."""
+        """What `covey status` says of the engine; of each model it says more."""
         kind, isa, reason = "torch", None, None
         if self.choice in ("auto", "native"):
             try:

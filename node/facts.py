@@ -74,17 +74,22 @@ def _member(node: Node, card: MemberCard, *, is_live: bool) -> dict[str, Any]:
 
 
 def _models(node: Node) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": entry.id,
-            "digest": entry.digest,
-            "context_length": entry.context_length,
-            "is_local": node.catalog.by_digest(entry.digest) is not None,
-            "is_ready": entry.is_ready,
-            "why_not": None if entry.is_ready else node.planning.why_not(entry.digest),
-        }
-        for entry in node.models()
-    ]
+    facts = []
+    for entry in node.models():
+        local = node.catalog.by_digest(entry.digest)
+        facts.append(
+            {
+                "name": entry.id,
+                "digest": entry.digest,
+                "context_length": entry.context_length,
+                "is_local": local is not None,
+                "is_ready": entry.is_ready,
+                "why_not": None if entry.is_ready else node.planning.why_not(entry.digest),
+                "engine": None if local is None else local.engine,
+                "why_portable": None if local is None else local.why_portable,
+            }
+        )
+    return facts
 
 
 def _stages(node: Node) -> list[dict[str, Any]]:

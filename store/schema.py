@@ -39,8 +39,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def key(self) -> str:
-        """Where the record lives in its author's document."""
-        raise NotImplementedError
+        """Where the record lives in its author's document, if an author has but one of its kind."""
+        return self.prefix
 
     def to_value(self) -> dict[str, Any]:
         """The record as a dict of JSON types.
@@ -84,11 +84,6 @@ class MemberCard(Record, frozen=True, kw_only=True):
         """Check what types cannot say."""
         for address in self.addresses:
             _check_endpoint(address)
-
-    @property
-    def key(self) -> str:
-        """One card per member."""
-        return self.prefix
 
 
 class BlobEntry(msgspec.Struct, frozen=True, array_like=True):

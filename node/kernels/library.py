@@ -22,44 +22,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from covey.node.engine.stage import PAGE_TOKENS
+
 from .errors import KernelFailed, KernelsUnavailable
 from .matrix_type import MatrixType
 from .pacer import Pacer
-from .structures import (
-    NO_ROPE,
-    Activation,
-    Block,
-    KvType,
-    Matrix,
-    Parts,
-    Rope,
-    Run,
-    Shape,
-)
-
-__all__ = [
-    "ABI_VERSION",
-    "ISA_VARIABLE",
-    "NO_ROPE",
-    "PAGE_TOKENS",
-    "Activation",
-    "Block",
-    "Bytes",
-    "Engine",
-    "Floats",
-    "KvType",
-    "Library",
-    "Matrix",
-    "MatrixType",
-    "PageTable",
-    "Parts",
-    "Shape",
-    "load_library",
-    "page_memory",
-]
+from .structures import Block, Matrix, Parts, Rope, Run, Shape
 
 ABI_VERSION = 4
-PAGE_TOKENS = 64  # positions in a page of the KV cache
 ISA_VARIABLE = "COVEY_KERNELS"  # names the instruction set to use in place of the best one
 
 Floats = npt.NDArray[np.float32]

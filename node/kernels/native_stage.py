@@ -1,4 +1,4 @@
-"""A span of Llama-type blocks on the native kernels: the fast `Stage`.
+"""A span of decoder blocks on the native kernels: the fast `Stage`.
 
 The file's own quantised weights, activations as bytes, a paged KV cache that sessions with the same
 beginning share. Unlike the torch stage's, its results do not depend on threads, on the chunking of
@@ -23,28 +23,17 @@ from covey.node.engine.errors import (
     UnknownSession,
 )
 from covey.node.engine.rope import RopeTables
-from covey.node.engine.stage import Step, StepResult
+from covey.node.engine.stage import PAGE_TOKENS, Step, StepResult
 from covey.node.engine.tensors import EngineDtype, HiddenStates, Quantization, check_hidden
 from covey.node.model.checkpoint import Checkpoint
 from covey.node.model.config import ModelConfig
 from covey.node.model.errors import UnsupportedModel
 
-from .library import (
-    NO_ROPE,
-    PAGE_TOKENS,
-    Activation,
-    Block,
-    Bytes,
-    Engine,
-    KvType,
-    PageTable,
-    Shape,
-    load_library,
-    page_memory,
-)
+from .library import Bytes, Engine, PageTable, load_library, page_memory
 from .packed import PackedBlock, Packer
 from .packed_cache import PackedCache
 from .pages import PagePool, SessionPages
+from .structures import NO_ROPE, Activation, Block, KvType, Shape
 
 KvDtype = Literal["fp16", "int8"]
 KV_ITEMSIZE = 2  # fp16, what nodes use
@@ -136,8 +125,9 @@ class NativeStage:
         self._shape = shape
         self._blocks = blocks  # keeps alive what `_described` points to
         self._ropes = RopeTables(config, range(*span))
-        # The library's tables, by index; a block without rope needs none.
-        self._tables = [kind for kind in self._ropes.kinds if kind != "none"]
+        # The library's tables, by index. A block without rope looks at none, but there must be one.
+        kinds = self._ropes.kinds
+        self._tables = tuple(kind for kind in kinds if kind != "none") or kinds[:1]
         described = [
             block.describe(engine.library, window=config.window(idx), rope=self._rope_of(idx))
             for idx, block in enumerate(blocks, span[0])

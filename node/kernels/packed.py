@@ -20,9 +20,10 @@ from covey.node.model.errors import CorruptModel, UnsupportedModel
 from covey.node.model.layouts import expert_field
 from covey.node.model.tensor_source import TensorInfo, TensorSlice
 
-from .library import Block, Bytes, Floats, Library, Matrix
+from .library import Bytes, Floats, Library
 from .matrix_type import MatrixType
 from .quantize import quantize_matrix
+from .structures import Block, Matrix
 
 ALIGNMENT = 64
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # with experts "gate.0" and so on

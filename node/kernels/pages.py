@@ -19,8 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 from covey.node.engine.errors import CacheFull
-
-PAGE_TOKENS = 64
+from covey.node.engine.stage import PAGE_TOKENS
 
 M = TypeVar("M")
 

@@ -96,6 +96,9 @@ def test_status_names_members_links_and_spans(swarm: Swarm) -> None:
     assert n_blocks == 30
     (model,) = facts["models"]
     assert (model["name"], model["is_ready"], model["is_local"]) == (MODEL, True, True)
+    # A native engine, or a reason why not.
+    assert (model["engine"] == "native") == (facts["engine"]["kind"] == "native")
+    assert (model["why_portable"] is None) == (model["engine"] == "native")
 
 
 def test_plan_shows_the_active_one_and_why_one_machine_is_not_enough(swarm: Swarm) -> None:

@@ -167,3 +167,20 @@ def test_engine_kinds_say_what_they_quantise_and_how_to_start_them() -> None:
     assert options_for("native-q4_k") == "with --quantize q4_k"
     assert options_for("native") == "with --engine native and without --quantize"
     assert options_for("bf16") == "with --engine bf16"
+
+
+def test_a_model_without_kernels_runs_on_torch_and_says_why(tmp_path: Path) -> None:
+    narrow = replace(CONFIG, head_dim=8, rope_dim=8)
+    path = write_quantized(tmp_path / "narrow.gguf", narrow, "F32")
+    with open_checkpoint(path, cache_dir=tmp_path) as checkpoint:
+        model = LocalModel("narrow", checkpoint, Engines())
+        assert model.engine == "fp32"
+        assert model.why_portable is not None
+        assert "head_dim = 8" in model.why_portable
+        asked = LocalModel("narrow", checkpoint, Engines("fp32"))
+        assert asked.why_portable is None  # it is what was asked for
+
+
+def test_a_model_with_kernels_has_nothing_to_explain(open_as: Open) -> None:
+    model = LocalModel("tiny", open_as("Q8_0"), Engines())
+    assert (model.engine, model.why_portable) == ("native", None)

@@ -166,3 +166,19 @@ def test_float_weights_can_be_quantised_at_load(made: Made, kind: str) -> None:
         logits = head.logits(run([stage], head.embed(made.ids), 7))
     loss = np.sqrt(np.mean((logits - made.expected) ** 2) / np.mean(made.expected**2))
     assert loss < 0.15  # 0.02 to 0.09; what was read as something else would be near 1
+
+
+def test_native_stages_of_one_block_each_are_the_whole(made: Made) -> None:
+    """A block without rope may be alone in its stage."""
+    try:
+        engine = Engine(load_library(), 1)
+    except KernelsUnavailable as error:
+        pytest.skip(str(error))
+    with opened(made, "gguf") as checkpoint:
+        n_blocks = checkpoint.config.n_blocks
+        embedded = load_native_head(checkpoint, engine=engine).embed(made.ids)
+        whole = load_native_stage(checkpoint, (0, n_blocks), engine=engine)
+        parts: list[Stage] = [
+            load_native_stage(checkpoint, (idx, idx + 1), engine=engine) for idx in range(n_blocks)
+        ]
+        assert np.array_equal(run(parts, embedded, 7), run([whole], embedded, 7))

@@ -9,22 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from covey.node.kernels.library import (
-    NO_ROPE,
-    PAGE_TOKENS,
-    Activation,
-    Block,
-    Engine,
-    KvType,
-    Library,
-    Matrix,
-    MatrixType,
-    PageTable,
-    Parts,
-    Shape,
-    load_library,
-    page_memory,
-)
+from covey.node.engine.stage import PAGE_TOKENS
+from covey.node.kernels.library import Engine, Library, PageTable, load_library, page_memory
+from covey.node.kernels.matrix_type import MatrixType
+from covey.node.kernels.structures import NO_ROPE, Activation, Block, KvType, Matrix, Parts, Shape
 
 D, H, K, E, WIDE = 64, 4, 2, 32, 96
 EPS = 1e-5

