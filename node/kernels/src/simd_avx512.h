@@ -8,7 +8,7 @@ namespace covey {
 constexpr int kPanelRows = 12;       // 12 totals and 12 sums fill the registers, and 12 chains hide
                                      // the latency of the products
 constexpr int kFloatPanelRows = 12;  // of two sums each
-constexpr int kUnpackFrom = 12;      // activation rows from which unpacking weights pays; measured
+constexpr int kUnpackFrom = 25;      // activation rows from which unpacking weights pays; measured
 
 struct F32x16 {
     __m512 v;
