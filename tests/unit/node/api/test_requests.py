@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from covey.errors import CoveyError
@@ -339,6 +339,8 @@ JSON = st.recursive(
 FIELDS = sorted({*ChatRequest.model_fields, *CompletionRequest.model_fields, "n", "tools"})
 
 
+# The first text that Hypothesis draws in a fresh clone waits for a table of all characters.
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from(FIELDS), JSON))
 def test_any_body_is_a_request_or_a_refusal_with_a_field(fields: dict[str, Any]) -> None:
     for read in (chat, complete):
