@@ -15,7 +15,7 @@ from msgspec import Meta, Struct
 
 from .errors import ErrorCode
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 MAX_STAGES = 64
 MAX_BLOCKS = 1024
@@ -27,6 +27,7 @@ SessionId = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"\A[0-9A-Z
 Digest = Annotated[str, Meta(min_length=64, max_length=64, pattern=r"\A[0-9a-f]+\Z")]
 StageIdx = Annotated[int, Meta(ge=0, le=MAX_STAGES)]
 BlockIdx = Annotated[int, Meta(ge=0, le=MAX_BLOCKS)]
+FrameNumber = Annotated[int, Meta(ge=0, le=1 << 53)]
 TokenCount = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
 Microseconds = Annotated[int, Meta(ge=0, le=1 << 42)]
 ByteCount = Annotated[int, Meta(ge=0, le=1 << 48)]
@@ -51,12 +52,37 @@ class Pong(Message, tag="pong", frozen=True, kw_only=True):
     """Answer to a Ping; carries no tensor."""
 
 
+class Receipt(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Which frames of a link have arrived: all numbers up to one, and some beyond it."""
+
+    upto: FrameNumber = 0
+    beyond: Annotated[list[FrameNumber], Meta(max_length=4096)] = []
+
+
+class Hello(Message, tag="hello", frozen=True, kw_only=True):
+    """First frame of the dialer: a new link, or a new carrier for one that the two have.
+
+    `link` is drawn at random by whoever began the link; `received` is what the dialer has of it.
+    """
+
+    link: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    is_new: bool
+    received: Receipt = Receipt()
+
+
 class Admitted(Message, tag="admitted", frozen=True, kw_only=True):
     """First frame of the side that was dialled: the dialer is let in.
 
     Needed because in TLS 1.3 the dialer's handshake is over before its certificate was judged. A
-    Failure in its place says why not; a link that closes instead was one too many.
+    Failure in its place says why not; a link that closes instead was one too many. `received` is
+    what this side has of a link that goes on.
     """
+
+    received: Receipt = Receipt()
+
+
+class Ack(Message, tag="ack", frozen=True, kw_only=True):
+    """Says nothing; its frame's `ack` does, or its number, in place of a frame taken back."""
 
 
 class Failure(Message, tag="failure", frozen=True, kw_only=True):
@@ -185,7 +211,9 @@ class SessionFailed(Message, tag="failed", frozen=True, kw_only=True):
 AnyMessage = (
     Ping
     | Pong
+    | Hello
     | Admitted
+    | Ack
     | Failure
     | Goodbye
     | JoinRequest
