@@ -35,6 +35,7 @@ Address = Annotated[str, Meta(min_length=3, max_length=256)]
 IpAddress = Annotated[str, Meta(min_length=2, max_length=45, pattern=r"\A[0-9a-fA-F:.]+\Z")]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 PortOrNone = Annotated[int, Meta(ge=0, le=65535)]
+ProbeNonce = Annotated[bytes, Meta(min_length=12, max_length=12)]
 NatKindName = Literal[
     "open",
     "full_cone",
@@ -151,11 +152,12 @@ class View(Message, tag="view", frozen=True, kw_only=True):
 class DialBack(Message, tag="dial_back", frozen=True, kw_only=True):
     """Please open one TCP connection to this port, at the address that this link shows of me.
 
-    Never to any other address. With `is_listener` it must be my listening port that answers.
+    Never to any other address. Without a nonce it must be my listening port that answers; with
+    one, a sealed packet of 52 bytes with that nonce is sent, and nothing is waited for.
     """
 
     port: Port
-    is_listener: bool
+    nonce: ProbeNonce | None = None
 
 
 class DialledBack(Message, tag="dialled_back", frozen=True, kw_only=True):
@@ -169,7 +171,7 @@ class SendProbe(Message, tag="send_probe", frozen=True, kw_only=True):
     """Please send one small UDP packet from your other port to this one, at my link's address."""
 
     port: Port
-    nonce: Annotated[bytes, Meta(min_length=12, max_length=12)]
+    nonce: ProbeNonce
 
 
 class ProbeSent(Message, tag="probe_sent", frozen=True, kw_only=True):

@@ -84,20 +84,22 @@ class AddressWatch:
         *,
         look: Callable[[], Attachment] = Attachment.now,
         settle_s: float = SETTLE_S,
+        settle_at_most_s: float = SETTLE_AT_MOST_S,
         poll_s: float | None = None,
     ) -> None:
         self._on_change = on_change
         self._look = look
         self._settle_s = settle_s
+        self._settle_at_most_s = settle_at_most_s
         self._poll_s = poll_s
         self._events: socket.socket | None = None
         self._stirred = asyncio.Event()
         self._has_moved = False
         self._tasks = Tasks()
 
-    def start(self) -> None:
-        """Begin to watch."""
-        self._events = _open_events()
+    def start(self, events: socket.socket | None = None) -> None:
+        """Begin to watch; `events` brings netlink messages in place of the kernel's."""
+        self._events = events or _open_events()
         if self._events is not None:
             asyncio.get_running_loop().add_reader(self._events.fileno(), self._read_events)
         if self._poll_s is None:
@@ -141,7 +143,7 @@ class AddressWatch:
     async def _settle(self) -> None:
         """Wait until events cease, though not for ever."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(SETTLE_AT_MOST_S):
+            async with asyncio.timeout(self._settle_at_most_s):
                 while self._stirred.is_set():
                     self._stirred.clear()
                     await asyncio.sleep(self._settle_s)

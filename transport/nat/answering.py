@@ -14,18 +14,18 @@ from dataclasses import dataclass
 from covey.transport.addresses import format_address
 from covey.transport.errors import ErrorCode, LinkTimeout, TransportError
 from covey.transport.frame import Frame
-from covey.transport.mesh import Mesh
 from covey.transport.messages import (
     DialBack,
     DialBackOutcome,
     DialledBack,
     Failure,
+    Message,
     ProbeSent,
     SendProbe,
     View,
     ViewRequest,
 )
-from covey.transport.peer import Peer
+from covey.transport.peer import Handler, Peer
 from covey.transport.tasks import Tasks
 
 from .budget import Budget, Rate
@@ -52,11 +52,11 @@ class Ports:
 
 
 class Answering:
-    """The handlers of one mesh."""
+    """The handlers of one mesh, registered by its `serve`."""
 
     def __init__(
         self,
-        mesh: Mesh,
+        serve: Callable[[type[Message], Handler], None],
         keys: Callable[[], ObserveKeys],
         stun_key: Callable[[], bytes],
         own_hosts: Callable[[], frozenset[str]],
@@ -72,9 +72,9 @@ class Answering:
         self._views = Budget(EACH_VIEW, ALL_VIEWS)
         self._n_dialling = 0
         self._tasks = Tasks()
-        mesh.serve(ViewRequest, self._on_view_request)
-        mesh.serve(DialBack, self._on_dial_back)
-        mesh.serve(SendProbe, self._on_send_probe)
+        serve(ViewRequest, self._on_view_request)
+        serve(DialBack, self._on_dial_back)
+        serve(SendProbe, self._on_send_probe)
 
     async def aclose(self) -> None:
         """Give up what is under way."""
@@ -128,20 +128,20 @@ class Answering:
 
     async def _dial_back(self, peer: Peer, frame: Frame, message: DialBack, host: str) -> None:
         try:
-            outcome = await self._try((host, message.port), peer.peer_id, message.is_listener)
+            outcome = await self._try((host, message.port), peer.peer_id, message.nonce)
         finally:
             self._n_dialling -= 1
         peer.reply(frame, DialledBack(outcome=outcome, host=host))
 
     async def _try(
-        self, target: tuple[str, int], peer_id: str, is_listener: bool
+        self, target: tuple[str, int], peer_id: str, nonce: bytes | None
     ) -> DialBackOutcome:
         """One connection from a fresh socket; what came of it."""
         family = socket.AF_INET6 if ":" in target[0] else socket.AF_INET
         with socket.socket(family, socket.SOCK_STREAM) as connection:
             connection.setblocking(False)
             try:
-                if is_listener:
+                if nonce is None:
                     await observe(
                         connection,
                         format_address(*target),
@@ -152,6 +152,8 @@ class Answering:
                 else:
                     async with asyncio.timeout(DIAL_BACK_S):
                         await self._loop.sock_connect(connection, target)
+                        probe = build_probe(self._stun_key(), nonce)
+                        await self._loop.sock_sendall(connection, probe)
             except (TimeoutError, LinkTimeout):
                 return "silent"
             except ConnectionRefusedError:

@@ -8,6 +8,7 @@ seconds where packets are filtered, since silence has to be waited for.
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
@@ -24,10 +25,12 @@ from covey.transport.messages import (
     ViewRequest,
 )
 from covey.transport.peer import Peer
+from covey.transport.tasks import Tasks
 
 from .facts import MAX_OBSERVERS, Endpoint, Evidence, NatKind, Sighting, classify
-from .observation import ObserveKeys, observe, reusable_socket
+from .observation import ObserveKeys, observe, receive_exactly, reusable_socket
 from .prober import UdpProber
+from .stun import PROBE_BYTES, TRANSACTION_BYTES, read_probe
 
 ASK_S = 5.0  # for an answer over a link; a member may spend two of them dialling back
 GRACE_S = 0.4  # for a packet that was sent before the answer that says so, over another path
@@ -91,7 +94,7 @@ class Classifier:
         try:
             evidence = await self._udp_evidence(prober, family)
         finally:
-            prober.close()
+            await prober.aclose()
         kind = classify(evidence)
         self._note("UDP kind", None, kind.value)
         return kind
@@ -110,7 +113,7 @@ class Classifier:
     async def reachable(self, observers: Sequence[Observer], port: int) -> tuple[str, ...]:
         """The "host:port" at which our listening port answered a member, one for each host."""
         outcomes = await asyncio.gather(
-            *(self._dial_back(observer, port, is_listener=True) for observer in observers)
+            *(self._dial_back(observer, port) for observer in observers)
         )
         found = {
             format_address(outcome.host, port): None
@@ -237,28 +240,26 @@ class Classifier:
         mapped: Endpoint,
     ) -> tuple[bool | None, bool | None]:
         """Whether connections from fresh sockets of the two come in to our mapped port."""
-        came: set[str] = set()
-        accepting = asyncio.create_task(_accept(listening, came))
+        came = _Arrivals(listening, self.stun_key)
         asked = [
-            observer if observer is not None and observer.view.host == mapped[0] else None
+            (observer, os.urandom(TRANSACTION_BYTES))
             for observer in (first, second)
+            if observer is not None and observer.view.host == mapped[0]
         ]
         try:
             outcomes = await asyncio.gather(
-                *(self._dial_back(observer, mapped[1], is_listener=False) for observer in asked)
+                *(self._dial_back(observer, mapped[1], nonce) for observer, nonce in asked)
             )
             if any(outcome is not None and outcome.outcome == "answered" for outcome in outcomes):
                 await asyncio.sleep(GRACE_S)
         finally:
-            accepting.cancel()
-            await asyncio.wait({accepting})
-        heard = [
-            None
-            if observer is None or outcome is None or outcome.outcome == "declined"
-            else observer.host in came
-            for observer, outcome in zip(asked, outcomes, strict=True)
-        ]
-        return heard[0], heard[1]
+            await came.aclose()
+        heard = {
+            id(observer): nonce in came.nonces
+            for (observer, nonce), outcome in zip(asked, outcomes, strict=True)
+            if outcome is not None and outcome.outcome != "declined"
+        }
+        return heard.get(id(first)), heard.get(id(second))
 
     # --- over links ------------------------------------------------------------------------------
 
@@ -282,19 +283,15 @@ class Classifier:
         return Observer(peer, host, dialled[1] if dialled is not None else port, view)
 
     async def _dial_back(
-        self, observer: Observer | None, port: int, *, is_listener: bool
+        self, observer: Observer, port: int, nonce: bytes | None = None
     ) -> DialledBack | None:
-        if observer is None:
-            return None
         try:
-            reply = await observer.peer.request(
-                DialBack(port=port, is_listener=is_listener), timeout_s=ASK_S
-            )
+            reply = await observer.peer.request(DialBack(port=port, nonce=nonce), timeout_s=ASK_S)
         except TransportError:
             return None
         if not isinstance(reply.message, DialledBack):
             return None
-        what = "listening port" if is_listener else "mapped port"
+        what = "listening port" if nonce is None else "mapped port"
         self._note(
             f"TCP from it to our {what} {format_address(reply.message.host, port)}",
             observer,
@@ -308,14 +305,34 @@ class Classifier:
         self.steps.append(Step(test=test, observer=name, outcome=outcome))
 
 
-async def _accept(listening: socket.socket, came: set[str]) -> None:
-    """Note who connects, and hang up; until cancelled."""
-    loop = asyncio.get_running_loop()
-    while True:
-        with suppress(ConnectionError):  # gone before we took it
-            connection, source = await loop.sock_accept(listening)
-            connection.close()
-            came.add(str(source[0]))
+class _Arrivals:
+    """Who connects to a listening socket, told by the probes they send."""
+
+    def __init__(self, listening: socket.socket, key: bytes) -> None:
+        self.nonces: set[bytes] = set()
+        self._listening = listening
+        self._key = key
+        self._loop = asyncio.get_running_loop()
+        self._tasks = Tasks()
+        self._tasks.spawn(self._accept(), "arrivals")
+
+    async def aclose(self) -> None:
+        """Stop; the socket stays its owner's."""
+        await self._tasks.aclose()
+
+    async def _accept(self) -> None:
+        while True:
+            with suppress(ConnectionError):  # gone before we took it
+                connection, _ = await self._loop.sock_accept(self._listening)
+                self._tasks.spawn(self._read(connection), "arrival")
+
+    async def _read(self, connection: socket.socket) -> None:
+        with connection, suppress(OSError, EOFError, TimeoutError):
+            connection.setblocking(False)
+            async with asyncio.timeout(ASK_S):
+                nonce = read_probe(await receive_exactly(connection, PROBE_BYTES), self._key)
+            if nonce is not None:
+                self.nonces.add(nonce)
 
 
 def _turns(observers: Sequence[Observer]) -> Iterable[tuple[Observer, Observer | None]]:

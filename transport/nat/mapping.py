@@ -165,14 +165,14 @@ async def _ask(gateway: str, request: bytes, read: Callable[[bytes], T | None]) 
     finally:
         for timer in timers:
             timer.cancel()
-        port.close()
+        await port.aclose()
 
 
 def _read_tcp_mapping(packet: bytes) -> natpmp.Granted | None:
     return natpmp.read_mapping(packet, natpmp.Operation.MAP_TCP)
 
 
-# --- UPnP: miniupnpc blocks, so all of this runs in a thread ---------------------------------------
+# --- UPnP: miniupnpc blocks, so all of it runs in a thread ---------------------------------------
 
 
 class _Blocking:

@@ -19,6 +19,8 @@ ANSWER_S = 1.5
 class UdpProber:
     """Made by `open`; close it after use."""
 
+    _port: UdpPort
+
     def __init__(self, key: bytes) -> None:
         self._key = key
         self._loop = asyncio.get_running_loop()
@@ -31,8 +33,6 @@ class UdpProber:
         prober = cls(key)
         prober._port = await UdpPort.bind(host, 0, prober._on_packet)
         return prober
-
-    _port: UdpPort
 
     @property
     def local_port(self) -> int:
@@ -65,9 +65,9 @@ class UdpProber:
         self._heard[nonce] = heard
         return nonce, heard
 
-    def close(self) -> None:
+    async def aclose(self) -> None:
         """Close the socket; the router forgets its mapping when it likes."""
-        self._port.close()
+        await self._port.aclose()
 
     def _on_packet(self, packet: bytes, source: Endpoint) -> None:
         answer = read_answer(packet, self._key)

@@ -67,6 +67,7 @@ class UdpPort(asyncio.DatagramProtocol):
     def __init__(self, on_packet: Callable[[bytes, Endpoint], None]) -> None:
         self._on_packet = on_packet
         self._transport: asyncio.DatagramTransport | None = None
+        self._lost = asyncio.Event()
         self.local: Endpoint = ("", 0)
 
     @classmethod
@@ -97,11 +98,12 @@ class UdpPort(asyncio.DatagramProtocol):
             with suppress(OSError):
                 self._transport.sendto(packet, target)
 
-    def close(self) -> None:
-        """Close the socket."""
-        if self._transport is not None:
-            self._transport.close()
-            self._transport = None
+    async def aclose(self) -> None:
+        """Close the socket; its port is free afterwards."""
+        transport, self._transport = self._transport, None
+        if transport is not None:
+            transport.abort()
+            await self._lost.wait()
 
     def connection_made(self, transport: asyncio.DatagramTransport) -> None:  # type: ignore[override]
         """See asyncio."""
@@ -110,6 +112,11 @@ class UdpPort(asyncio.DatagramProtocol):
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
         """See asyncio."""
         self._on_packet(data, (str(addr[0]), int(addr[1])))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See asyncio."""
+        self._transport = None
+        self._lost.set()
 
     def error_received(self, exc: Exception) -> None:
         """A packet of ours came back as an ICMP error: to us the same as no answer."""

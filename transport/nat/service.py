@@ -92,7 +92,7 @@ class NatService:
     async def start(self) -> None:
         """Open the sockets that others probe, and begin to find out; the mesh listens already."""
         self._answering = Answering(
-            self._mesh, lambda: self._keys, lambda: self._responder.key, self._own_hosts
+            self._mesh.serve, lambda: self._keys, lambda: self._responder.key, self._own_hosts
         )
         self._mesh.add_door(self._door)
         await self._open_sockets(self._answering)
@@ -109,7 +109,7 @@ class NatService:
         for listener in self._other_listeners:
             await listener.aclose()
         for port in self._udp:
-            port.close()
+            await port.aclose()
         if self._mapper is not None:
             await self._mapper.remove()
 

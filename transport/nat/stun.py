@@ -14,6 +14,7 @@ from aioice import stun
 from .facts import Endpoint
 
 TRANSACTION_BYTES = 12
+PROBE_BYTES = 52
 MAX_PACKET_BYTES = 256  # ours have 64 to 76, aioice's 20
 STALE_AFTER_S = 60
 _HEADER_BYTES = 20
@@ -78,7 +79,7 @@ def read_answer(packet: bytes, key: bytes) -> tuple[bytes, Endpoint] | None:
 
 
 def build_probe(key: bytes, nonce: bytes) -> bytes:
-    """The packet that shows that we can be heard: a sealed Binding indication, 52 bytes."""
+    """The packet that shows that we can be heard: a sealed Binding indication, `PROBE_BYTES`."""
     message = stun.Message(stun.Method.BINDING, stun.Class.INDICATION, nonce)
     message.add_message_integrity(key)
     return bytes(message)
