@@ -215,7 +215,7 @@ def _upnp_add(port: int, wish: int) -> Mapped:
     try:
         ipaddress.IPv4Address(host)
     except ValueError as error:
-        raise MappingFailed("the router has no address itself") from error
+        raise MappingFailed("the router has no public address itself") from error
     reason = ""
     for outer_port in range(wish, min(wish + _N_OUTER_PORTS, 65536)):
         for lease_s in (LEASE_S, 0):  # some routers know only mappings without an end

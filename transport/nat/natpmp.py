@@ -44,7 +44,7 @@ class Refused(Exception):
 _MEANINGS = {
     1: "it speaks another version",
     2: "it does not allow mappings: they can be switched on in its settings",
-    3: "it has no address itself",
+    3: "it has no public address itself",
     4: "it has no more ports to give",
     5: "it cannot do this",
 }

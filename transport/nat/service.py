@@ -169,7 +169,12 @@ class NatService:
         raise TransportError(reason)
 
     async def refresh(self) -> NatFacts:
-        """Find everything out anew, some three seconds; callers at once share one round."""
+        """Find everything out anew, some three seconds; callers at once share one round.
+
+        It begins after the call: a round under way may have missed what the caller knows.
+        """
+        if self._refreshing is not None:
+            await asyncio.wait({self._refreshing})
         if self._refreshing is None:
             self._refreshing = self._tasks.spawn(self._find_out(), "refresh of NAT facts")
         return await asyncio.shield(self._refreshing)
