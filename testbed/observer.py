@@ -76,7 +76,7 @@ class Observer:
 
     def _answer(self, arrived_at: socket.socket) -> None:
         data, source = arrived_at.recvfrom(2048)
-        with suppress(ValueError):  # not STUN
+        with suppress(ValueError, OSError):  # not STUN, or from an address that nobody has
             request = stun.parse_message(data)
             answer = stun.Message(
                 request.message_method, stun.Class.RESPONSE, request.transaction_id
