@@ -44,6 +44,8 @@ class ErrorCode(StrEnum):
     TOO_MANY_SESSIONS = "too_many_sessions"
     DEADLINE_EXCEEDED = "deadline_exceeded"
     PEER_LOST = "peer_lost"
+    RELAY_REFUSED = "relay_refused"
+    RELAY_FULL = "relay_full"
     NOT_READY = "not_ready"
     SHUTTING_DOWN = "shutting_down"
     INTERNAL = "internal"
