@@ -21,7 +21,7 @@ MIN_SECONDS = 1e-12
 MAX_RTT_S = 600.0
 MAX_LOSS = 0.95
 
-LinkKind = Literal["direct", "mapped", "punched", "relayed", "memory"]
+LinkKind = Literal["direct", "mapped", "punched", "webrtc", "relayed", "memory"]
 
 
 class Value:

@@ -19,6 +19,7 @@ class LinkKind(StrEnum):
     DIRECT = "direct"
     MAPPED = "mapped"
     PUNCHED = "punched"
+    WEBRTC = "webrtc"
     RELAYED = "relayed"
 
 
@@ -32,6 +33,14 @@ class Link(Protocol):
     @property
     def kind(self) -> LinkKind:
         """What carries it now."""
+
+    @property
+    def remote(self) -> tuple[str, int] | None:
+        """IP address and port at the other end, where those are the peer's or its router's."""
+
+    @property
+    def is_dialer(self) -> bool:
+        """Whether this end began it; then `remote`, if any, is an address that can be dialled."""
 
     @property
     def bytes_sent(self) -> int:

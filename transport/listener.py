@@ -31,8 +31,8 @@ MAX_TRACKED = 1024
 _BACKLOG = 128
 _OUT_OF_FILES_S = 0.2  # pause before accepting again when the process has no file handle left
 
-# Takes a connection whose preamble named a key; True if its peer was let in.
-OnConnection = Callable[[socket.socket, bytes, str], Awaitable[bool]]
+# Takes a connection, the key its preamble named and its source; True if its peer was let in.
+OnConnection = Callable[[socket.socket, bytes, tuple[str, int]], Awaitable[bool]]
 
 
 class AddressBudget:
@@ -133,9 +133,10 @@ class Listener:
                 self._refuse(connection, host, "too many connections")
                 continue
             self._n_half_open += 1
-            self._tasks.spawn(self._screen(connection, host), "screen")
+            self._tasks.spawn(self._screen(connection, (host, int(address[1]))), "screen")
 
-    async def _screen(self, connection: socket.socket, host: str) -> None:
+    async def _screen(self, connection: socket.socket, source: tuple[str, int]) -> None:
+        host = source[0]
         loop = asyncio.get_running_loop()
         is_ours = True  # to close
         try:
@@ -146,7 +147,7 @@ class Listener:
                 self._refuse(connection, host, verdict.value)
                 return
             is_ours = False
-            if await self._on_connection(connection, key_id, host):
+            if await self._on_connection(connection, key_id, source):
                 self._budget.give_back(host, now=loop.time())
         except (OSError, EOFError):
             self._complain(host, "no preamble")

@@ -52,9 +52,13 @@ class MemoryLink:
     """One end of a pair; made by `memory_link_pair`."""
 
     kind = LinkKind.MEMORY
+    remote = None
 
-    def __init__(self, peer_id: str, conditions: Conditions, randomness: random.Random) -> None:
+    def __init__(
+        self, peer_id: str, conditions: Conditions, randomness: random.Random, *, is_dialer: bool
+    ) -> None:
         self.peer_id = peer_id
+        self.is_dialer = is_dialer
         self.bytes_sent = 0
         self.bytes_received = 0
         self._conditions = conditions
@@ -169,7 +173,7 @@ def memory_link_pair(
 ) -> tuple[MemoryLink, MemoryLink]:
     """The end that peer `a` holds (it leads to `b`), and the end that `b` holds."""
     randomness = random.Random(seed)  # noqa: S311 - weather, not a secret
-    at_a = MemoryLink(b, conditions or Conditions(), randomness)
-    at_b = MemoryLink(a, conditions or Conditions(), randomness)
+    at_a = MemoryLink(b, conditions or Conditions(), randomness, is_dialer=True)
+    at_b = MemoryLink(a, conditions or Conditions(), randomness, is_dialer=False)
     at_a._other, at_b._other = at_b, at_a
     return at_a, at_b

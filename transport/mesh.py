@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from .errors import (
     ErrorCode,
@@ -36,7 +36,7 @@ from .link import Link
 from .listener import Listener
 from .liveness import LivenessRules
 from .membership import Swarm
-from .messages import Admitted, Failure
+from .messages import Admitted, Failure, Message
 from .paths import PathManager
 from .peer import Handler, Peer
 from .preamble import PreambleGate
@@ -47,6 +47,22 @@ logger = logging.getLogger(__name__)
 DIAL_S = 15.0  # all addresses of a peer together
 HOLD_BACK_S = 2.0  # how long another's dial waits for ours to the same peer
 PROBE_S = 1.0  # how long an older link has to show that it lives
+
+
+class Door(Protocol):
+    """Another use of the listening port, told apart by the key that a preamble names."""
+
+    def key_of(self, key_id: bytes) -> bytes | None:
+        """The HMAC key of that id; None if it is not this door's."""
+
+    async def enter(
+        self, connection: socket.socket, key_id: bytes, source: tuple[str, int]
+    ) -> bool:
+        """Take a connection whose preamble was good, and own it; True if it was a member's.
+
+        `source` is the IP address and port it came from.
+        """
+
 
 OnUp = Callable[[Peer], None]
 OnDown = Callable[[str, TransportError], None]
@@ -106,6 +122,8 @@ class Mesh:
         self._on_down = on_down
         self._rules = rules
         self._contacts: dict[str, _Contact] = {}
+        self._services: dict[type[Message], Handler] = {}
+        self._doors: list[Door] = []
         self._paths = PathManager(self._secure)
         gate = PreambleGate(identity.peer_id, self._preamble_key)
         self._listener = Listener(listen, gate, self._on_connection)
@@ -139,6 +157,14 @@ class Mesh:
             for peer_id, contact in self._contacts.items()
             if contact.peer is not None and contact.peer.error is None
         }
+
+    def serve(self, kind: type[Message], handler: Handler) -> None:
+        """Hand messages of a kind to `handler` instead of the node's own, under the same rules."""
+        self._services[kind] = handler
+
+    def add_door(self, door: Door) -> None:
+        """Let `door` take connections whose preamble names a key of its own."""
+        self._doors.append(door)
 
     def learn(self, peer_id: str, addresses: Iterable[str]) -> None:
         """Where a peer can be dialled, in place of what was known."""
@@ -227,9 +253,17 @@ class Mesh:
         if key_id == self._credentials.key_id:
             return self._credentials.preamble_key
         token = self._invites.token(key_id, unix_time=time.time())
-        return token.preamble_key if token is not None and self._welcome is not None else None
+        if token is not None and self._welcome is not None:
+            return token.preamble_key
+        keys = (door.key_of(key_id) for door in self._doors)
+        return next((key for key in keys if key is not None), None)
 
-    async def _on_connection(self, connection: socket.socket, key_id: bytes, host: str) -> bool:
+    async def _on_connection(
+        self, connection: socket.socket, key_id: bytes, source: tuple[str, int]
+    ) -> bool:
+        for door in self._doors:
+            if door.key_of(key_id) is not None:
+                return await door.enter(connection, key_id, source)
         token = self._invites.token(key_id, unix_time=time.time())
         if token is not None and self._welcome is not None:
             credentials = Credentials.of_token(token, self._identity)
@@ -285,7 +319,7 @@ class Mesh:
             await asyncio.wait({contact.run})
 
     def _take_up(self, link: Link, contact: _Contact) -> None:
-        peer = Peer(link, self._handler, rules=self._rules)
+        peer = Peer(link, self._dispatch, rules=self._rules)
         contact.peer = peer
         contact.up.set()
         logger.info("peer up", extra={"peer": link.peer_id[-8:], "kind": link.kind.value})
@@ -302,6 +336,9 @@ class Mesh:
             if not self._is_closing:
                 logger.info("peer down", extra={"peer": peer.peer_id[-8:], "reason": str(error)})
                 self._on_down(peer.peer_id, error)
+
+    def _dispatch(self, peer: Peer, frame: Frame) -> None:
+        self._services.get(type(frame.message), self._handler)(peer, frame)
 
     def _contact(self, peer_id: str) -> _Contact:
         return self._contacts.setdefault(peer_id, _Contact())

@@ -68,6 +68,17 @@ class Peer:
         return self._link.kind
 
     @property
+    def remote_host(self) -> str | None:
+        """The IP address that the peer, or its router, has to us; None where a relay is between."""
+        remote = self._link.remote
+        return None if remote is None else remote[0]
+
+    @property
+    def dialled_address(self) -> tuple[str, int] | None:
+        """Where we dialled the peer and found it; None if it dialled us, or by way of a relay."""
+        return self._link.remote if self._link.is_dialer else None
+
+    @property
     def rtt_s(self) -> float | None:
         """Smoothed round-trip time; None before the first answer."""
         return self._liveness.srtt_s

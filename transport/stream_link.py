@@ -42,9 +42,11 @@ Authenticate = Callable[[ssl.SSLObject], str]
 class StreamLink(asyncio.BufferedProtocol):
     """A `Link` on a byte stream; made by `open_stream_link`."""
 
-    def __init__(self, kind: LinkKind, authenticate: Authenticate) -> None:
+    def __init__(self, kind: LinkKind, authenticate: Authenticate, *, is_dialer: bool) -> None:
         self.kind = kind
+        self.is_dialer = is_dialer
         self.peer_id = ""
+        self.remote: tuple[str, int] | None = None
         self.bytes_sent = 0
         self.bytes_received = 0
         self._authenticate = authenticate
@@ -131,6 +133,9 @@ class StreamLink(asyncio.BufferedProtocol):
         """TLS is up: find out who is there before anything is read."""
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=LOOP_BUFFER_BYTES)
+        name = transport.get_extra_info("peername")
+        if name is not None and self.kind is not LinkKind.RELAYED:  # there it is the relay's
+            self.remote = (str(name[0]), int(name[1]))
         try:
             self.peer_id = self._authenticate(transport.get_extra_info("ssl_object"))
         except NotAMember as error:
@@ -298,7 +303,7 @@ async def open_stream_link(
     except OSError as error:
         connection.close()
         raise LinkBroken("the connection is gone") from error
-    link = StreamLink(kind, authenticate)
+    link = StreamLink(kind, authenticate, is_dialer=is_dialer)
     try:
         if is_dialer:
             await loop.create_connection(
