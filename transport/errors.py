@@ -46,6 +46,7 @@ class ErrorCode(StrEnum):
     PEER_LOST = "peer_lost"
     RELAY_REFUSED = "relay_refused"
     RELAY_FULL = "relay_full"
+    RELAY_NO_LINK = "relay_no_link"
     NOT_READY = "not_ready"
     SHUTTING_DOWN = "shutting_down"
     INTERNAL = "internal"
