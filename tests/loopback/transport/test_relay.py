@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, suppress
 
 import pytest
@@ -22,11 +22,13 @@ from covey.transport.errors import (
     RefusedByPeer,
 )
 from covey.transport.frame import Frame, Tensor
+from covey.transport.liveness import LivenessRules
 from covey.transport.messages import Beat, Forward, RelayOffer, RelayOpen, RelayOpened
 from covey.transport.preamble import NONCE_BYTES, build_preamble
 from covey.transport.relay import client as relay_client
-from covey.transport.relay import splice
+from covey.transport.relay import keeper, splice
 from covey.transport.relay.circuits import RelayLimits
+from covey.transport.relay.keeper import RelayHolder
 from covey.transport.relay.shaping import MAX_QUANTUM_BYTES
 from support import relay_process
 from support.meshes import Node, swarm_of
@@ -48,10 +50,15 @@ def hidden(nbytes: int) -> Frame:
     return Frame(message=message, tensors={"hidden": Tensor("u8", (nbytes,), os.urandom(nbytes))})
 
 
-async def until_circuits(trio: Trio, n: int) -> None:
-    """Wait for the relay to forget the others (each test has a deadline of its own)."""
-    while trio.server.n_circuits > n:  # noqa: ASYNC110  it tells nobody
+async def until(is_so: Callable[[], bool]) -> None:
+    """Wait for what nobody tells (each test has a deadline of its own)."""
+    while not is_so():  # noqa: ASYNC110
         await asyncio.sleep(0.01)
+
+
+async def until_circuits(trio: Trio, n: int) -> None:
+    """Wait for the relay to forget the others."""
+    await until(lambda: trio.server.n_circuits <= n)
 
 
 # --- what it is for ----------------------------------------------------------------------------
@@ -470,3 +477,48 @@ async def test_a_slow_reader_slows_its_sender_and_nobody_else(stack: AsyncExitSt
         got += len(await loop.sock_recv(stuck[1], MIB))
     for connection in (*stuck, *other):
         connection.close()
+
+
+# --- keeping two warm --------------------------------------------------------------------------
+
+
+async def test_two_relays_are_kept_and_one_that_leaves_is_replaced(
+    stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper, "PERIOD_S", 0.05)
+    node, *others = await swarm_of(stack, 4)
+    holder = RelayHolder(node.id, node.mesh.peer)
+    running = asyncio.create_task(holder.run())
+    holder.see({other.id: None for other in others} | {node.id: None})
+    holder.need(is_needed=True)
+    await until(lambda: len(holder.relays) == 2)
+    assert all(rtt_s > 0 for rtt_s in holder.relays.values())
+    gone = next(other for other in others if other.id in holder.relays)
+    await gone.mesh.aclose()
+    remaining = {other.id for other in others} - {gone.id}
+    await until(lambda: holder.relays.keys() == remaining)
+    holder.need(is_needed=False)
+    await until(lambda: not holder.relays)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_a_kept_link_outlives_the_time_that_unused_ones_have(
+    stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At both ends: pings in quick succession tell the relay that its link is needed."""
+    monkeypatch.setattr(keeper, "PERIOD_S", 0.08)  # against 0.2 s, as 8 against 20
+    rules = LivenessRules(idle_ping_s=0.2, idle_silence_s=5.0, unused_s=0.6)
+    a, b, c = await swarm_of(stack, 3, rules=rules)
+    holder = RelayHolder(a.id, a.mesh.peer)
+    running = asyncio.create_task(holder.run())
+    holder.see({b.id: None})
+    holder.need(is_needed=True)
+    await (await c.mesh.peer(b.id)).ping(timeout_s=5)
+    await c.downs.get()  # nobody needs that one
+    await asyncio.sleep(0.6)
+    assert a.downs.empty()
+    assert a.ups.qsize() == 1
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await a.downs.get()
