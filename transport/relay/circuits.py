@@ -10,6 +10,8 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from .shaping import TokenBucket
+
 CIRCUIT_ID_BYTES = 16
 CIRCUIT_KEY_BYTES = 32
 
@@ -22,6 +24,7 @@ class RelayLimits:
     circuits_per_peer: int = 16
     half_open: int = 32
     half_open_per_peer: int = 8
+    opens_per_s: float = 4.0  # of one member, after a burst of as many as it may have
     bytes_per_s: float = 500e6  # half a core; slower networks limit themselves
     bytes_per_s_per_peer: float = 250e6
     half_open_s: float = 4.0  # an end that waits longer for the other is dropped
@@ -55,6 +58,7 @@ class CircuitBook:
         self._limits = limits
         self._random_bytes = random_bytes
         self._circuits: dict[bytes, Circuit] = {}
+        self._opens: dict[str, TokenBucket] = {}  # of members that opened some of late
 
     def __len__(self) -> int:
         """How many there are."""
@@ -75,6 +79,8 @@ class CircuitBook:
             >= self._limits.half_open_per_peer
         ):
             return None
+        if not self._may_open(origin, now):
+            return None
         circuit = Circuit(
             id=self._random_bytes(CIRCUIT_ID_BYTES),
             key=self._random_bytes(CIRCUIT_KEY_BYTES),
@@ -92,6 +98,22 @@ class CircuitBook:
     def remove(self, circuit: Circuit) -> None:
         """It is over."""
         self._circuits.pop(circuit.id, None)
+
+    def _may_open(self, origin: str, now: float) -> bool:
+        burst = float(self._limits.circuits_per_peer)
+        bucket = self._opens.pop(origin, None)
+        if bucket is None:
+            bucket = TokenBucket(self._limits.opens_per_s, burst, burst, now)
+        self._opens = {
+            member: other
+            for member, other in self._opens.items()
+            if other.refill(now=now) < other.burst
+        }
+        self._opens[origin] = bucket
+        if bucket.refill(now=now) < 1.0:
+            return False
+        bucket.balance -= 1.0
+        return True
 
     def n_of(self, origin: str) -> int:
         """How many that member asked for."""

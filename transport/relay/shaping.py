@@ -22,28 +22,28 @@ Flow = TypeVar("Flow", bound=Hashable)
 
 @dataclass(slots=True)
 class TokenBucket:
-    """Bytes that may be moved; one quantum may be owed."""
+    """What may be spent now; a little may be owed."""
 
-    rate: float  # bytes per second
+    rate: float  # per second
     burst: float
     balance: float
     counted_at: float
 
     @classmethod
-    def full(cls, rate: float, *, now: float) -> TokenBucket:
-        """A bucket that nobody has drawn from."""
+    def of_bytes(cls, rate: float, *, now: float) -> TokenBucket:
+        """A full bucket for bytes per second."""
         burst = max(rate * _BURST_S, _MIN_QUANTUM_BYTES)
         return cls(rate, burst, burst, now)
 
     def refill(self, *, now: float) -> float:
-        """The balance at `now`; positive if something may be moved."""
+        """The balance at `now`; positive if something may be spent."""
         self.balance = min(self.burst, self.balance + (now - self.counted_at) * self.rate)
         self.counted_at = now
         return self.balance
 
     def wait_s(self) -> float:
-        """Seconds from the last count until something may be moved."""
-        # A byte more than nothing, so that who waits this long does not come a rounding too early.
+        """Seconds from the last count until something may be spent."""
+        # One more than nothing, so that who waits this long does not come a rounding too early.
         return max(0.0, (1.0 - self.balance) / self.rate)
 
 
@@ -53,7 +53,7 @@ class Shaper(Generic[Flow]):
     def __init__(self, *, rate: float, rate_per_payer: float, now: float) -> None:
         self.quantum = int(min(max(rate * _QUANTUM_S, _MIN_QUANTUM_BYTES), MAX_QUANTUM_BYTES))
         self._rate_per_payer = rate_per_payer
-        self._total = TokenBucket.full(rate, now=now)
+        self._total = TokenBucket.of_bytes(rate, now=now)
         self._payers: dict[str, TokenBucket] = {}
         self._waiting: OrderedDict[Flow, str] = OrderedDict()
 
@@ -113,5 +113,5 @@ class Shaper(Generic[Flow]):
     def _payer(self, payer: str, now: float) -> TokenBucket:
         bucket = self._payers.get(payer)
         if bucket is None:
-            bucket = self._payers[payer] = TokenBucket.full(self._rate_per_payer, now=now)
+            bucket = self._payers[payer] = TokenBucket.of_bytes(self._rate_per_payer, now=now)
         return bucket

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from .shaping import MAX_QUANTUM_BYTES, Shaper
+from .window import Window
 
 # What the kernel may hold of what cannot be sent yet. A heartbeat waits behind it.
 UNSENT_BYTES = 128 << 10
@@ -82,6 +83,7 @@ class _Flow:
         self._sink = sink
         self._toll = toll
         self._loop = asyncio.get_running_loop()
+        self._window = Window(source, now=self._loop.time())
         self._kept = memoryview(b"")  # read, and not yet taken by the sink
         self._loop.add_reader(source, self._readable)
 
@@ -115,6 +117,7 @@ class _Flow:
             self._end()
             return
         self._toll.charge(self.payer, nbytes)
+        self._window.count(nbytes, now=self._loop.time())
         n_sent = self._send(_scratch[:nbytes])
         if n_sent is not None and n_sent < nbytes:
             self._kept = memoryview(bytes(_scratch[n_sent:nbytes]))

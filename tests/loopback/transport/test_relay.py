@@ -190,10 +190,10 @@ async def test_an_end_that_breaks_off_breaks_the_other(stack: AsyncExitStack) ->
 async def test_an_idle_circuit_ends_and_one_with_a_heartbeat_does_not(
     stack: AsyncExitStack,
 ) -> None:
-    trio = await trio_of(stack, limits=RelayLimits(idle_s=0.4))
+    trio = await trio_of(stack, limits=RelayLimits(idle_s=0.3))
     at_a, at_b = await trio.link_pair()
     started_at = time.monotonic()
-    while time.monotonic() < started_at + 1.0:
+    while time.monotonic() < started_at + 0.7:
         await at_a.send(Frame(message=Beat(body=b"alive")))
         await at_b.receive()
         await asyncio.sleep(0.05)
@@ -255,7 +255,7 @@ async def test_a_flood_of_requests_is_bounded_and_forgotten(stack: AsyncExitStac
 
 
 async def test_a_member_has_only_so_many_circuits(stack: AsyncExitStack) -> None:
-    trio = await trio_of(stack, limits=RelayLimits(circuits_per_peer=2))
+    trio = await trio_of(stack, limits=RelayLimits(circuits_per_peer=2, opens_per_s=1e6))
     pairs = [await trio.socket_pair() for _ in range(2)]
     assert await asked(trio, trio.b.node.id) is ErrorCode.RELAY_FULL
     for connection in pairs.pop():
@@ -413,7 +413,7 @@ async def test_greedy_circuits_leave_room_for_a_modest_one(stack: AsyncExitStack
     ]
     started_at, started_bytes = loop.time(), trio.server.nbytes
     times: list[float] = []
-    while loop.time() < started_at + 1.5:
+    while loop.time() < started_at + 0.8:
         sent_at = loop.time()
         await loop.sock_sendall(at_a, bytes(1000))
         got = 0
@@ -467,7 +467,7 @@ async def test_a_slow_reader_slows_its_sender_and_nobody_else(stack: AsyncExitSt
     with suppress(TimeoutError):
         await asyncio.wait_for(pour_counted(), 0.5)
     # Nobody reads at b: what was taken is in the buffers of the four sockets.
-    assert n_sent < 40 * MIB
+    assert n_sent < 8 * MIB
     sent_at = loop.time()
     await loop.sock_sendall(other[0], b"quick")
     assert await loop.sock_recv(other[1], 5) == b"quick"

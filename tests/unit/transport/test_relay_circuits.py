@@ -54,3 +54,21 @@ def test_only_those_that_still_wait_are_overdue() -> None:
         book.remove(waiting)
         book.remove(waiting)
     assert book.n_of("a") == 1
+
+
+def test_circuits_that_come_and_go_are_limited_in_number_over_time() -> None:
+    book = CircuitBook(Limits(circuits_per_peer=4, opens_per_s=2.0))
+
+    def opened_and_closed(origin: str, now: float) -> bool:
+        circuit = book.open(origin, "target", now=now)
+        if circuit is not None:
+            book.remove(circuit)
+        return circuit is not None
+
+    assert sum(opened_and_closed("a", 0.0) for _ in range(100)) == 4
+    assert opened_and_closed("b", 0.0)
+    assert sum(opened_and_closed("a", 1.0) for _ in range(100)) == 2
+    assert sum(opened_and_closed("a", 100.0) for _ in range(100)) == 4
+    for n in range(1000):
+        assert opened_and_closed(f"{n}", 200.0 + n)
+    assert len(book._opens) == 1  # what is forgiven is forgotten
