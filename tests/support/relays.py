@@ -7,15 +7,14 @@ import socket
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
-from covey.transport.frame import Frame
-from covey.transport.handshake import Credentials, accept, dial
+from covey.transport.identity import Identity
 from covey.transport.link import LinkKind
-from covey.transport.messages import Admitted, RelayDeclined, RelayOffer, RelayOpen
-from covey.transport.preamble import PREAMBLE_BYTES
+from covey.transport.messages import RelayDeclined, RelayOffer, RelayOpen
 from covey.transport.relay.circuits import RelayLimits
 from covey.transport.relay.client import RelayClient
 from covey.transport.relay.server import RelayServer
-from covey.transport.stream_link import StreamLink
+from covey.transport.stream_link import StreamLink, open_stream_link
+from covey.transport.tls import authenticate, build_contexts
 
 from .meshes import Node, swarm_of
 
@@ -37,28 +36,22 @@ class End:
     """A node that reaches others, and is reached, by way of a relay."""
 
     node: Node
+    addresses: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of relays
     arrivals: asyncio.Queue[tuple[socket.socket, str]] = field(default_factory=asyncio.Queue)
     let_go: asyncio.Event = field(default_factory=asyncio.Event)  # until then it is screening
 
     async def start(self, stack: AsyncExitStack) -> None:
-        self.client = RelayClient(addresses_of=self._addresses_of, on_connection=self._arrived)
+        self.client = RelayClient(
+            addresses_of=lambda peer_id: self.addresses.get(peer_id, ()),
+            on_connection=self._arrived,
+        )
         self.node.mesh.serve(RelayOffer, self.client.on_offer)
         stack.push_async_callback(self.client.aclose)
         self.let_go.set()
 
-    def _addresses_of(self, peer_id: str) -> tuple[str, ...]:
-        return self.node.mesh._contact(peer_id).addresses
-
     async def _arrived(self, connection: socket.socket, origin: str) -> None:
         self.arrivals.put_nowait((connection, origin))
         await self.let_go.wait()
-
-    @property
-    def credentials(self) -> Credentials:
-        """Of the swarm."""
-        if self.node.swarm is None:
-            raise ValueError("no swarm yet")
-        return Credentials.of_swarm(self.node.swarm, self.node.identity)
 
 
 @dataclass
@@ -86,25 +79,23 @@ class Trio:
     async def link_pair(self) -> tuple[StreamLink, StreamLink]:
         """A link from a to b."""
         at_a, at_b = await self.socket_pair()
-        return await asyncio.gather(self._dial(at_a), self._accept(at_b))
-
-    async def _dial(self, connection: socket.socket) -> StreamLink:
-        return await dial(
-            connection,
-            self.a.credentials,
-            peer_id=self.b.node.id,
-            is_allowed=lambda _: True,
-            kind=LinkKind.RELAYED,
+        return await asyncio.gather(
+            secured(at_a, self.a.node.identity, is_dialer=True),
+            secured(at_b, self.b.node.identity, is_dialer=False),
         )
 
-    async def _accept(self, connection: socket.socket) -> StreamLink:
-        loop = asyncio.get_running_loop()
-        await loop.sock_recv(connection, PREAMBLE_BYTES)  # the mesh's gate judges it
-        link = await accept(
-            connection, self.b.credentials, is_allowed=lambda _: True, kind=LinkKind.RELAYED
-        )
-        link.post(Frame(message=Admitted()))
-        return link
+
+async def secured(connection: socket.socket, identity: Identity, *, is_dialer: bool) -> StreamLink:
+    """One end of a link on a connected socket."""
+    contexts = build_contexts(bytes(32), identity)
+    return await open_stream_link(
+        connection,
+        context=contexts.client if is_dialer else contexts.server,
+        is_dialer=is_dialer,
+        authenticate=lambda tls: authenticate(tls, expected=None, is_allowed=lambda _: True),
+        kind=LinkKind.RELAYED,
+        handshake_s=5.0,
+    )
 
 
 async def trio_of(stack: AsyncExitStack, *, limits: RelayLimits | None = None) -> Trio:
