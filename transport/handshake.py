@@ -49,22 +49,11 @@ class Credentials:
         return cls(token.id, token.preamble_key, contexts)
 
 
-async def dial(
-    connection: socket.socket,
-    credentials: Credentials,
-    *,
-    peer_id: str,
-    is_allowed: Callable[[str], bool],
-    kind: LinkKind = LinkKind.DIRECT,
-) -> StreamLink:
-    """The dialer's side, up to the other's admission; owns the socket from here.
+def announce(connection: socket.socket, credentials: Credentials, *, peer_id: str) -> bytes:
+    """Send a preamble for `peer_id` on a fresh socket; returns it.
 
     Raises:
-        LinkBroken: the listener hung up, as it does on a wrong secret, or TLS failed.
-        NotAMember: another identity answers.
-        RefusedByPeer: the listener knows us and will not have us.
-        LinkClosed: the listener has another link to us already.
-        LinkTimeout: it did not say.
+        LinkBroken: the listener hung up.
     """
     preamble = build_preamble(
         key_id=credentials.key_id,
@@ -76,8 +65,36 @@ async def dial(
     try:
         connection.send(preamble)  # a fresh socket has room for 77 bytes
     except OSError as error:
-        connection.close()
         raise LinkBroken("the listener hung up") from error
+    return preamble
+
+
+async def dial(
+    connection: socket.socket,
+    credentials: Credentials,
+    *,
+    peer_id: str,
+    is_allowed: Callable[[str], bool],
+    kind: LinkKind = LinkKind.DIRECT,
+    is_announced: bool = False,
+) -> StreamLink:
+    """The dialer's side, up to the other's admission; owns the socket from here.
+
+    `is_announced` says that the preamble was sent already, by `announce`.
+
+    Raises:
+        LinkBroken: the listener hung up, as it does on a wrong secret, or TLS failed.
+        NotAMember: another identity answers.
+        RefusedByPeer: the listener knows us and will not have us.
+        LinkClosed: the listener has another link to us already.
+        LinkTimeout: it did not say.
+    """
+    if not is_announced:
+        try:
+            announce(connection, credentials, peer_id=peer_id)
+        except LinkBroken:
+            connection.close()
+            raise
     link = await open_stream_link(
         connection,
         context=credentials.contexts.client,
