@@ -150,6 +150,11 @@ class Mesh:
         return self._listener.addresses
 
     @property
+    def bound(self) -> tuple[tuple[str, int], ...]:
+        """Host and port of each listening socket; the host may be "0.0.0.0" or "::"."""
+        return self._listener.bound
+
+    @property
     def peers(self) -> dict[str, Peer]:
         """The peers with a live link, by id; a copy."""
         return {

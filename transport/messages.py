@@ -32,6 +32,20 @@ Microseconds = Annotated[int, Meta(ge=0, le=1 << 42)]
 ByteCount = Annotated[int, Meta(ge=0, le=1 << 48)]
 PrefixKey = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Address = Annotated[str, Meta(min_length=3, max_length=256)]
+IpAddress = Annotated[str, Meta(min_length=2, max_length=45, pattern=r"\A[0-9a-fA-F:.]+\Z")]
+Port = Annotated[int, Meta(ge=1, le=65535)]
+PortOrNone = Annotated[int, Meta(ge=0, le=65535)]
+ProbeNonce = Annotated[bytes, Meta(min_length=12, max_length=12)]
+NatKindName = Literal[
+    "open",
+    "full_cone",
+    "address_restricted",
+    "port_restricted",
+    "symmetric",
+    "blocked",
+    "unknown",
+]
+DialBackOutcome = Literal["answered", "refused", "silent", "wrong", "declined"]
 DType = Literal["fp32", "fp16", "bf16"]
 Codec = Literal["exact", "fp16"]
 
@@ -94,6 +108,76 @@ class Welcome(Message, tag="welcome", frozen=True, kw_only=True):
     secret: Annotated[bytes, Meta(min_length=32, max_length=32)]
     founder: PeerId
     members: Annotated[list[MemberEntry], Meta(max_length=256)]
+
+
+# --- nat: how a member looks from outside --------------------------------------------------------
+
+
+class NatCard(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a node knows of the way the outside sees it (`nat/facts.py`); part of other messages."""
+
+    udp: NatKindName
+    tcp: NatKindName
+    port: Port
+    is_reachable: bool
+    public_hosts: Annotated[list[IpAddress], Meta(max_length=4)]
+    mapped_addresses: Annotated[list[Address], Meta(max_length=4)]
+    lan_hosts: Annotated[list[IpAddress], Meta(max_length=16)]
+    n_observers: Annotated[int, Meta(ge=0, le=16)]
+    age_s: Annotated[float, Meta(ge=0, le=1e9)]
+
+
+class ViewRequest(Message, tag="view?", frozen=True, kw_only=True):
+    """What address do you see me at, and where do you answer probes? I found you at `host`."""
+
+    host: IpAddress
+
+
+class View(Message, tag="view", frozen=True, kw_only=True):
+    """Answer to a ViewRequest.
+
+    `host` is the asker's address as this link shows it. Ports are the answerer's own: where it
+    listens, of its STUN responder, and of a second socket each; 0 is none.
+    `is_own_host` says that the host where it was found is its own, with no router before it.
+    """
+
+    host: IpAddress
+    port: PortOrNone
+    other_tcp_port: PortOrNone
+    udp_port: PortOrNone
+    other_udp_port: PortOrNone
+    is_own_host: bool
+
+
+class DialBack(Message, tag="dial_back", frozen=True, kw_only=True):
+    """Please open one TCP connection to this port, at the address that this link shows of me.
+
+    Never to any other address. Without a nonce it must be my listening port that answers; with
+    one, a sealed packet of 52 bytes with that nonce is sent, and nothing is waited for.
+    """
+
+    port: Port
+    nonce: ProbeNonce | None = None
+
+
+class DialledBack(Message, tag="dialled_back", frozen=True, kw_only=True):
+    """Answer to a DialBack: what came of it, and the address that was dialled."""
+
+    outcome: DialBackOutcome
+    host: IpAddress
+
+
+class SendProbe(Message, tag="send_probe", frozen=True, kw_only=True):
+    """Please send one small UDP packet from your other port to this one, at my link's address."""
+
+    port: Port
+    nonce: ProbeNonce
+
+
+class ProbeSent(Message, tag="probe_sent", frozen=True, kw_only=True):
+    """Answer to a SendProbe; not sent if the asker is over its rate, or there is no other port."""
+
+    is_sent: bool
 
 
 # --- store -------------------------------------------------------------------------------------
@@ -190,6 +274,12 @@ AnyMessage = (
     | Goodbye
     | JoinRequest
     | Welcome
+    | ViewRequest
+    | View
+    | DialBack
+    | DialledBack
+    | SendProbe
+    | ProbeSent
     | StoreSync
     | Beat
     | OpenSession
