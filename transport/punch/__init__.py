@@ -4,14 +4,18 @@ Knows sockets, ports and preambles; neither TLS nor the messages by which two en
 moment.
 """
 
+from .attempts import Attempt, AttemptKind, attempts
 from .birthday import birthday_easy, birthday_hard
 from .ends import acceptor_end, dialer_end
 from .sockets import Connections, PunchSocket
 
 __all__ = [
+    "Attempt",
+    "AttemptKind",
     "Connections",
     "PunchSocket",
     "acceptor_end",
+    "attempts",
     "birthday_easy",
     "birthday_hard",
     "dialer_end",
