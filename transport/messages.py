@@ -32,6 +32,7 @@ Microseconds = Annotated[int, Meta(ge=0, le=1 << 42)]
 ByteCount = Annotated[int, Meta(ge=0, le=1 << 48)]
 PrefixKey = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Address = Annotated[str, Meta(min_length=3, max_length=256)]
+Statements = Annotated[list[Annotated[bytes, Meta(max_length=96 * 1024)]], Meta(max_length=600)]
 DType = Literal["fp32", "fp16", "bf16"]
 Codec = Literal["exact", "fp16"]
 
@@ -94,6 +95,15 @@ class Welcome(Message, tag="welcome", frozen=True, kw_only=True):
     secret: Annotated[bytes, Meta(min_length=32, max_length=32)]
     founder: PeerId
     members: Annotated[list[MemberEntry], Meta(max_length=256)]
+
+
+class MembershipNotice(Message, tag="notice", frozen=True, kw_only=True):
+    """Signed statements about membership, opaque here (`node/standing.py`).
+
+    The last frame to a member that was removed: whoever it is from, the signatures say why.
+    """
+
+    statements: Statements
 
 
 # --- store -------------------------------------------------------------------------------------
@@ -190,6 +200,7 @@ AnyMessage = (
     | Goodbye
     | JoinRequest
     | Welcome
+    | MembershipNotice
     | StoreSync
     | Beat
     | OpenSession
