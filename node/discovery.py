@@ -70,6 +70,10 @@ class Discovery:
         """Stop what is under way."""
         await self._tasks.aclose()
 
+    def forget(self, peer_id: str) -> None:
+        """Do not dial a member that was removed any more."""
+        self._known.discard(peer_id)
+
     def hurry(self) -> None:
         """Search again soon: a member came or went."""
         self._hurry.set()

@@ -14,11 +14,12 @@ from covey.transport.joining import redeem
 from covey.transport.membership import Swarm
 from covey.transport.messages import MemberEntry, Welcome
 
-from .errors import ConfigError
+from .errors import ConfigError, RemovedFromSwarm
 from .home import Home
 
 SWARM_FILE = "swarm.json"
 INVITES_FILE = "invites.json"
+REMOVED_FILE = "removed.json"
 MIN_ADDRESS = 3  # of the wire's `Address`; a card may hold less, and one frame must not be spoilt
 MAX_WELCOMED = 64  # members a joiner is told of; the DHT and the store tell the rest
 
@@ -38,8 +39,12 @@ async def enter(
 
     Raises:
         ConfigError: the home belongs to another swarm, or to none and `may_found` is false.
+        RemovedFromSwarm: this node was removed from the home's swarm.
         InviteInvalid, PeerUnreachable: the invite opens nothing now.
     """
+    removed = home.load(REMOVED_FILE)
+    if removed is not None:
+        raise RemovedFromSwarm(str(removed.get("by")), str(home.path))
     swarm = _saved_swarm(home)
     if invite is not None:
         parsed = Invite.parse(invite, unix_time=time.time())
@@ -77,6 +82,12 @@ def load_invites(home: Home) -> InviteBook:
 def save_invites(home: Home, invites: InviteBook) -> None:
     """Keep the invites over a restart; raises ConfigError."""
     home.save(INVITES_FILE, invites.to_dict())
+
+
+def save_removal(home: Home, by: str) -> RemovedFromSwarm:
+    """Keep for good that this node was removed, and by whom; the error that says so."""
+    home.save(REMOVED_FILE, {"by": by})
+    return RemovedFromSwarm(by, str(home.path))
 
 
 def make_welcome(swarm: Swarm, members: Iterable[MemberEntry]) -> Welcome:

@@ -19,13 +19,14 @@ from covey.partition.choose import Prefer
 from covey.store.awareness import Awareness
 from covey.store.disk import Disk
 from covey.store.replica import Replica
-from covey.store.schema import MemberCard, Ready
+from covey.store.schema import MemberCard, Ready, Revocation
 from covey.store.views import Views
 from covey.transport.control import ControlPlane
 from covey.transport.errors import TransportError
+from covey.transport.frame import Frame
 from covey.transport.identity import Identity, verify
 from covey.transport.mesh import Mesh
-from covey.transport.messages import Forward, JoinRequest, Welcome
+from covey.transport.messages import Forward, JoinRequest, MembershipNotice, Welcome
 from covey.transport.peer import Peer
 
 from .api.server import ApiServer
@@ -33,12 +34,21 @@ from .catalog import Catalog, LocalModel
 from .config import NodeConfig
 from .discovery import Discovery
 from .engines import Engines
-from .errors import NotReady
-from .facts import status_facts
+from .errors import NotReady, RemovedFromSwarm
+from .facts import member_facts, status_facts
 from .generation import Generator
 from .gossip import AWARENESS_TTL_S, Gossip
 from .home import Home
-from .membership import Membership, enter, entry_of, load_invites, make_welcome, save_invites
+from .members import Members
+from .membership import (
+    Membership,
+    enter,
+    entry_of,
+    load_invites,
+    make_welcome,
+    save_invites,
+    save_removal,
+)
 from .pipeline import Pipelines
 from .planning import Planning
 from .route import Route
@@ -102,13 +112,35 @@ class Node:
             listen=[(config.host, config.port)],
             invites=self.invites,
             is_allowed=self._is_allowed,
-            handler=self.switch.receive,
+            handler=self._receive,
             on_up=self._link_up,
             on_down=self._link_down,
             welcome=self._welcome,
         )
         rng = random.Random(secrets.randbits(64))  # noqa: S311  spreads load, guards nothing
-        self.gossip = Gossip(self.mesh, self.switch, self.replica, self.awareness, clock, rng)
+        self.members = Members(
+            identity,
+            swarm=self.swarm.id,
+            founder=self.swarm.founder,
+            replica=self.replica,
+            views=self.views,
+            awareness=self.awareness,
+            mesh=self.mesh,
+            on_removed=self._member_removed,
+        )
+        self.removed: RemovedFromSwarm | None = None  # this node itself
+        self.switch.on_message(
+            MembershipNotice, lambda _, notice, __: self.members.take_notice(notice.statements)
+        )
+        self.gossip = Gossip(
+            self.mesh,
+            self.switch,
+            self.replica,
+            self.awareness,
+            clock,
+            rng,
+            state=lambda: {"epoch": self.swarm.epoch},
+        )
         self.control = ControlPlane(
             private_key=identity.seed,
             psk=self.swarm.libp2p_psk,
@@ -179,6 +211,21 @@ class Node:
         save_invites(self.home, self.invites)
         return str(invite)
 
+    def members_facts(self) -> dict[str, Any]:
+        """See `Service.members_facts`."""
+        return member_facts(self)
+
+    def remove_member(self, member: str) -> dict[str, Any]:
+        """See `Service.remove_member`."""
+        revocation = self.members.remove(member)
+        return {"removed": {"peer_id": revocation.member, "name": revocation.name}}
+
+    def allow_member(self, member: str) -> dict[str, Any]:
+        """See `Service.allow_member`."""
+        delegation = self.members.allow(member)
+        name = self.members.name_of(delegation.member)
+        return {"allowed": {"peer_id": delegation.member, "name": name}}
+
     def request_stop(self) -> None:
         """See `Service.request_stop`."""
         self.stop_requested.set()
@@ -217,9 +264,12 @@ class Node:
         """Until somebody asks the node to stop.
 
         Raises:
+            RemovedFromSwarm: it is no member any more.
             ExceptionGroup: one of its loops failed, which is a bug.
         """
         await self.stop_requested.wait()
+        if self.removed is not None:
+            raise self.removed
         if self._loops.done():
             self._loops.result()
 
@@ -266,16 +316,33 @@ class Node:
         while True:
             await asyncio.sleep(EXPIRE_S)
             self.server.expire()
+            self.members.saw(self.live_peers(), unix_time=time.time())
 
     # --- links -------------------------------------------------------------------------------
 
     def live_peers(self) -> frozenset[str]:
         """Members heard of lately, ourselves included."""
-        return frozenset({self.peer_id, *self.awareness.live(self.clock())})
+        heard = filter(self._is_allowed, self.awareness.live(self.clock()))
+        return frozenset({self.peer_id, *heard})
 
     def _is_allowed(self, peer_id: str) -> bool:
-        """Every holder of the secret is; removal comes with its own issue and asks here."""
-        return bool(peer_id)
+        """Every holder of the secret is a member, unless it was removed."""
+        return self.members.is_allowed(peer_id)
+
+    def _receive(self, peer: Peer, frame: Frame) -> None:
+        if self._is_allowed(peer.peer_id):  # a removed one's link lives for its last words only
+            self.switch.receive(peer, frame)
+
+    def _member_removed(self, revocation: Revocation) -> None:
+        peer_id = revocation.member
+        if peer_id == self.peer_id:
+            self.removed = save_removal(self.home, self.members.name_of(revocation.by))
+            self.request_stop()
+            return
+        self.discovery.forget(peer_id)
+        self.server.peer_lost(peer_id)
+        self.pipelines.peer_lost(peer_id)
+        self.planning.wake()
 
     def _link_up(self, peer: Peer) -> None:
         self.gossip.link_up(peer.peer_id)
@@ -293,6 +360,7 @@ class Node:
         logger.info("a new member joins", extra={"peer": joiner[-8:]})
         self.mesh.learn(joiner, request.addresses)
         save_invites(self.home, self.invites)
+        self.members.admitted(joiner, epoch=self.swarm.epoch)
         return make_welcome(self.swarm, map(entry_of, self.views.members().values()))
 
     def _take_forward(self, sender: str, message: Forward, tensors: Any) -> None:
