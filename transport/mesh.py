@@ -171,6 +171,11 @@ class Mesh:
         if peer_id != self.peer_id:
             self._contact(peer_id).addresses = tuple(addresses)
 
+    def addresses_of(self, peer_id: str) -> tuple[str, ...]:
+        """Where a peer can be dialled, as far as is known."""
+        contact = self._contacts.get(peer_id)
+        return contact.addresses if contact is not None else ()
+
     async def peer(self, peer_id: str) -> Peer:
         """The peer, dialled if there is no link to it yet; callers at once share one dial.
 

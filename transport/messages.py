@@ -106,6 +106,20 @@ class MembershipNotice(Message, tag="notice", frozen=True, kw_only=True):
     statements: Statements
 
 
+class SecretRequest(Message, tag="ask_secret", frozen=True, kw_only=True):
+    """Which secret has the swarm now? All that is heard on a link opened with an earlier one."""
+
+
+class SecretAnswer(Message, tag="secret", frozen=True, kw_only=True):
+    """Answer to a SecretRequest: what was signed, and the secret sealed to the asker's identity.
+
+    Without a copy, the statements say that the asker was removed.
+    """
+
+    statements: Statements
+    copy: Annotated[bytes, Meta(min_length=32, max_length=128)] | None
+
+
 # --- store -------------------------------------------------------------------------------------
 
 
@@ -201,6 +215,8 @@ AnyMessage = (
     | JoinRequest
     | Welcome
     | MembershipNotice
+    | SecretRequest
+    | SecretAnswer
     | StoreSync
     | Beat
     | OpenSession
