@@ -34,6 +34,7 @@ from .errors import InvalidRequest, NotAllowed
 from .standing import (
     UNSIGNED,
     S,
+    Standing,
     Statement,
     decode_statement,
     encode_statement,
@@ -55,7 +56,8 @@ class Members:
     """The members of the swarm as this node sees them.
 
     `on_removed(revocation)` is called on the event loop, once for each removal that comes to
-    force, soon after it did; that of this very node included.
+    force, soon after it did; that of this very node included. `on_standing()` is called then too,
+    and for every other change of the standing.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Members:
         awareness: Awareness,
         mesh: Mesh,
         on_removed: Callable[[Revocation], None],
+        on_standing: Callable[[], None],
     ) -> None:
         self._identity = identity
         self._own = identity.peer_id
@@ -78,6 +81,7 @@ class Members:
         self._awareness = awareness
         self._mesh = mesh
         self._on_removed = on_removed
+        self._on_standing = on_standing
         self._loop = asyncio.get_running_loop()
         self._genuine: set[bytes] = set()  # statements whose signature was checked, encoded
         self._heard: dict[bytes, Statement] = {}  # outside the store
@@ -97,8 +101,12 @@ class Members:
 
     # --- saying ------------------------------------------------------------------------------
 
-    def remove(self, text: str) -> Revocation:
-        """Remove a member for good, by name, peer id or the end of one.
+    def remove(self, text: str, rotate: Callable[[Standing], Rotation]) -> Revocation:
+        """Remove a member for good; both the removal and a new secret, or neither, are published.
+
+        Args:
+            text: name, peer id or the end of one.
+            rotate: makes the rotation that goes with the removal, for the standing it leads to.
 
         Raises:
             InvalidRequest: nobody, or more than one, is called so; or it is this node.
@@ -119,7 +127,8 @@ class Members:
             for said in self.standing.removed.values()
             if said.by == peer_id
         ]
-        self._publish([revocation, *again])
+        after = judge(self.standing.founder, [*self._statements(), revocation, *again])
+        self.publish([revocation, *again, rotate(after)])
         return revocation
 
     def allow(self, text: str) -> Delegation:
@@ -132,12 +141,18 @@ class Members:
         delegation = self._signed(
             Delegation(member=peer_id, by=self._own, at=int(time.time()), signature=UNSIGNED)
         )
-        self._publish([delegation])
+        self.publish([delegation])
         return delegation
 
     def admitted(self, peer_id: str, *, epoch: int) -> None:
         """Say that we let a machine in by an invite."""
-        self._publish([Admission(member=peer_id, at=int(time.time()), epoch=epoch)])
+        self.publish([Admission(member=peer_id, at=int(time.time()), epoch=epoch)])
+
+    def publish(self, records: Iterable[Record]) -> None:
+        """Write records into our document, in one envelope; raises StoreError."""
+        with self._replica.edit() as edit:
+            for record in records:
+                edit.set(record.key, record.to_value())
 
     # --- names -------------------------------------------------------------------------------
 
@@ -204,6 +219,20 @@ class Members:
         ]
         return [encode_statement(said) for said in (*proof, revocation)]
 
+    def statements_in_force(self) -> list[bytes]:
+        """What somebody who was away needs to know, in the order to take it in."""
+        standing = self.standing
+        in_force: list[Statement] = [*standing.removed.values()]
+        if standing.rotation is not None:
+            in_force.append(standing.rotation)
+        authors = {said.by for said in in_force}
+        delegations: list[Statement] = [
+            said
+            for said in self._statements()
+            if isinstance(said, Delegation) and said.member in authors
+        ]
+        return [encode_statement(said) for said in (*delegations, *in_force)]
+
     def _changed(self, _author: str, keys: frozenset[str]) -> None:
         if any(key.startswith(_PREFIXES) for key in keys):
             self._look()
@@ -212,6 +241,8 @@ class Members:
         """Judge anew; what changed follows once the store is done with what it is doing."""
         before = self.standing
         self.standing = judge(before.founder, self._statements())
+        if self.standing != before:
+            self._loop.call_soon(self._on_standing)
         for peer_id, revocation in self.standing.removed.items():
             if peer_id not in before.removed:
                 self._loop.call_soon(self._cut_off, revocation)
@@ -276,11 +307,6 @@ class Members:
 
     def _signed(self, statement: S) -> S:
         return sign_statement(statement, swarm=self._swarm, sign=self._identity.sign)
-
-    def _publish(self, records: Iterable[Record]) -> None:
-        with self._replica.edit() as edit:
-            for record in records:
-                edit.set(record.key, record.to_value())
 
     def _why_not(self, peer_id: str) -> str:
         standing = self.standing

@@ -22,9 +22,11 @@ from covey.store.replica import Replica
 from covey.store.schema import MemberCard, Ready, Revocation
 from covey.store.views import Views
 from covey.transport.control import ControlPlane
+from covey.transport.control_records import ControlError
 from covey.transport.errors import TransportError
 from covey.transport.frame import Frame
 from covey.transport.identity import Identity, verify
+from covey.transport.membership import Swarm
 from covey.transport.mesh import Mesh
 from covey.transport.messages import Forward, JoinRequest, MembershipNotice, Welcome
 from covey.transport.peer import Peer
@@ -34,6 +36,7 @@ from .catalog import Catalog, LocalModel
 from .config import NodeConfig
 from .discovery import Discovery
 from .engines import Engines
+from .epochs import Epochs
 from .errors import NotReady, RemovedFromSwarm
 from .facts import member_facts, status_facts
 from .generation import Generator
@@ -47,6 +50,7 @@ from .membership import (
     load_invites,
     make_welcome,
     save_invites,
+    save_keyring,
     save_removal,
 )
 from .pipeline import Pipelines
@@ -60,6 +64,7 @@ from .worker import Worker
 logger = logging.getLogger(__name__)
 
 EXPIRE_S = 1.0  # between looks at leases that ran out
+CONTROL_LEISURE_S = (5.0, 30.0)  # from a new secret to the control plane that uses it
 
 
 class Node:
@@ -70,7 +75,6 @@ class Node:
         self.home = home
         self.identity = identity
         self.peer_id = identity.peer_id
-        self.swarm = entry.swarm
         self.started_at = time.time()
         self.stop_requested = asyncio.Event()
         self.engines = Engines(
@@ -83,7 +87,7 @@ class Node:
         self._disk = Disk(home.store)
         self.replica = Replica(
             self.peer_id,
-            swarm=self.swarm.id,
+            swarm=entry.swarm.id,
             sign=identity.sign,
             verify=verify,
             is_member=self._is_allowed,
@@ -93,7 +97,7 @@ class Node:
         self.views = Views(self.replica)
         self.awareness = Awareness(
             self.peer_id,
-            swarm=self.swarm.id,
+            swarm=entry.swarm.id,
             sign=identity.sign,
             verify=verify,
             is_member=self._is_allowed,
@@ -108,7 +112,7 @@ class Node:
         self.switch.on_message(Forward, self._take_forward)
         self.mesh = Mesh(
             identity,
-            self.swarm,
+            entry.swarm,
             listen=[(config.host, config.port)],
             invites=self.invites,
             is_allowed=self._is_allowed,
@@ -120,14 +124,28 @@ class Node:
         rng = random.Random(secrets.randbits(64))  # noqa: S311  spreads load, guards nothing
         self.members = Members(
             identity,
-            swarm=self.swarm.id,
-            founder=self.swarm.founder,
+            swarm=entry.swarm.id,
+            founder=entry.swarm.founder,
             replica=self.replica,
             views=self.views,
             awareness=self.awareness,
             mesh=self.mesh,
             on_removed=self._member_removed,
+            on_standing=lambda: self.epochs.look(),
         )
+        rng = random.Random(secrets.randbits(64))  # noqa: S311  spreads load, guards nothing
+        self.epochs = Epochs(
+            identity,
+            entry.keyring,
+            members=self.members,
+            mesh=self.mesh,
+            switch=self.switch,
+            save=lambda keyring: save_keyring(home, keyring),
+            on_new_secret=lambda: self._new_secret.set(),
+            clock=clock,
+            rng=rng,
+        )
+        self._new_secret = asyncio.Event()
         self.removed: RemovedFromSwarm | None = None  # this node itself
         self.switch.on_message(
             MembershipNotice, lambda _, notice, __: self.members.take_notice(notice.statements)
@@ -141,22 +159,17 @@ class Node:
             rng,
             state=lambda: {"epoch": self.swarm.epoch},
         )
-        self.control = ControlPlane(
-            private_key=identity.seed,
-            psk=self.swarm.libp2p_psk,
-            swarm=self.swarm.id,
-            listen=(config.host,),
-            mdns=config.mdns,
-        )
+        self.control = self._make_control()
         self.discovery = Discovery(
             control=self.control,
             mesh=self.mesh,
             views=self.views,
-            swarm=self.swarm.id,
+            swarm=entry.swarm.id,
             own_peer_id=self.peer_id,
             bootstrap=[a for member in entry.known for a in member.control_addresses],
             is_allowed=self._is_allowed,
             rng=rng,
+            on_failed=self.epochs.dial_failed,
         )
         self.planning = Planning(self)
         self.generator = Generator(
@@ -217,7 +230,7 @@ class Node:
 
     def remove_member(self, member: str) -> dict[str, Any]:
         """See `Service.remove_member`."""
-        revocation = self.members.remove(member)
+        revocation = self.epochs.remove(member)
         return {"removed": {"peer_id": revocation.member, "name": revocation.name}}
 
     def allow_member(self, member: str) -> dict[str, Any]:
@@ -238,7 +251,7 @@ class Node:
         for member in self._known:
             self.mesh.learn(member.peer_id, member.addresses)
         await self.control.start()
-        stack.push_async_callback(self.control.aclose)
+        stack.push_async_callback(self._close_control)
         self._publish_card()
         control_key = secrets.token_urlsafe(32)
         config = self.config
@@ -257,7 +270,14 @@ class Node:
 
     async def _run_loops(self) -> None:
         async with asyncio.TaskGroup() as group:
-            for loop in (self.gossip.run, self.discovery.run, self.planning.run, self._expire):
+            for loop in (
+                self.gossip.run,
+                self.discovery.run,
+                self.planning.run,
+                self.epochs.run,
+                self._follow_secret,
+                self._expire,
+            ):
                 group.create_task(loop(), name=loop.__qualname__)
 
     async def wait(self) -> None:
@@ -287,6 +307,7 @@ class Node:
         await self.pipelines.aclose()
         await self.server.aclose()
         await self.discovery.aclose()
+        await self.epochs.aclose()
         await self.gossip.aclose()
         await self.switch.aclose()
         self._loops.cancel()
@@ -318,7 +339,46 @@ class Node:
             self.server.expire()
             self.members.saw(self.live_peers(), unix_time=time.time())
 
+    # --- the control plane -------------------------------------------------------------------
+
+    def _make_control(self) -> ControlPlane:
+        return ControlPlane(
+            private_key=self.identity.seed,
+            psk=self.swarm.libp2p_psk,
+            swarm=self.swarm.id,
+            listen=(self.config.host,),
+            mdns=self.config.mdns,
+        )
+
+    async def _close_control(self) -> None:
+        await self.control.aclose()
+
+    async def _follow_secret(self) -> None:
+        """After each new secret, at leisure: links and store find members meanwhile."""
+        while True:
+            await self._new_secret.wait()
+            await asyncio.sleep(random.uniform(*CONTROL_LEISURE_S))  # noqa: S311  not all at once
+            self._new_secret.clear()
+            try:
+                await self._restart_control()
+            except ControlError as error:
+                logger.warning("the control plane has not followed the new secret: %s", error)
+                self._new_secret.set()
+
+    async def _restart_control(self) -> None:
+        """Enter the DHT anew, with the pre-shared key of now."""
+        await self.control.aclose()
+        self.control = self._make_control()
+        await self.control.start()
+        self.discovery.use_control(self.control)
+        self._publish_card()
+
     # --- links -------------------------------------------------------------------------------
+
+    @property
+    def swarm(self) -> Swarm:
+        """The swarm, with the secret that this node uses now."""
+        return self.epochs.swarm
 
     def live_peers(self) -> frozenset[str]:
         """Members heard of lately, ourselves included."""

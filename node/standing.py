@@ -117,9 +117,10 @@ def judge(founder: str, statements: Iterable[Statement]) -> Standing:
     )
 
 
-def precedence(rotation: Rotation, founder: str) -> tuple[int, bool, str, bytes]:
-    """The rotation with the highest one holds."""
-    return rotation.epoch, rotation.by == founder, rotation.by, rotation.commitment
+def precedence(rotation: Rotation, founder: str) -> tuple[int, bool, str, bytes, int]:
+    """The rotation with the highest one holds; of one that came twice, the one with its copies."""
+    is_founders = rotation.by == founder
+    return rotation.epoch, is_founders, rotation.by, rotation.commitment, len(rotation.copies)
 
 
 def _signed_bytes(statement: Statement, swarm: str) -> bytes:

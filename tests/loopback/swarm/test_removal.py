@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,7 @@ def test_a_removed_member_is_cut_off_and_told_and_the_rest_go_on(
         facts = members_of(member)
         assert [m["name"] for m in facts["members"]].count("guest") == 0
         assert [(m["name"], m["by_name"]) for m in facts["removed"]] == [("guest", "node-0")]
+        assert facts["epoch"] == 1
     again = covey("join", *LOOPBACK, *home_of(guest))
     assert (again.returncode, again.stdout) == (1, "")
     assert "was removed from the swarm by node-0" in again.stderr
@@ -98,6 +99,39 @@ def test_a_removed_member_is_cut_off_and_told_and_the_rest_go_on(
     people = covey("members", "list", *home_of(founder))
     assert (people.returncode, people.stderr) == (0, "")
     assert "Removed" in people.stdout
+
+
+def test_who_was_away_gets_in_again_unless_it_was_removed(trio: Swarm, tmp_path: Path) -> None:
+    founder, other, _ = trio.members
+    arguments = ["--name", "late", "--max-blocks", "0", *LOOPBACK]
+    late = NodeProcess(["join", founder.client.invite(), *arguments], home=tmp_path / "late")
+    late.wait_until_up()
+    wait_for(lambda: len(_links(founder)) == 2, 30, "links are missing")
+    epoch = members_of(founder)["epoch"]
+    late.stop()
+    other.stop()
+    done = covey("members", "remove", "late", "--yes", *home_of(founder))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "late is removed" in done.stdout
+
+    other.come_back()
+    wait_for(lambda: _links(other) == ["node-0"], 30, "who was away did not get in")
+    facts = members_of(other)
+    assert facts["epoch"] == epoch + 1
+    wait_for(lambda: "late" in _removed(other), 10, "the store was not synchronised")
+    wait_for(trio_is_planned(trio), 60, "no plan over both members")
+
+    again = covey("join", *arguments, "--home", str(late.home), timeout_s=60)
+    assert again.returncode == 1
+    assert "this node was removed from the swarm by node-0" in again.stderr
+
+
+def trio_is_planned(trio: Swarm) -> Callable[[], bool]:
+    return Swarm(trio.members[:2]).is_planned
+
+
+def _removed(member: Member) -> list[str]:
+    return [m["name"] for m in members_of(member)["removed"]]
 
 
 def _links(member: Member) -> list[str]:
