@@ -22,7 +22,6 @@ from covey.store.replica import Replica
 from covey.store.schema import MemberCard, Ready, Revocation
 from covey.store.views import Views
 from covey.transport.control import ControlPlane
-from covey.transport.control_records import ControlError
 from covey.transport.errors import TransportError
 from covey.transport.frame import Frame
 from covey.transport.identity import Identity, verify
@@ -34,6 +33,7 @@ from covey.transport.peer import Peer
 from .api.server import ApiServer
 from .catalog import Catalog, LocalModel
 from .config import NodeConfig
+from .control import Control
 from .discovery import Discovery
 from .engines import Engines
 from .epochs import Epochs
@@ -64,7 +64,6 @@ from .worker import Worker
 logger = logging.getLogger(__name__)
 
 EXPIRE_S = 1.0  # between looks at leases that ran out
-CONTROL_LEISURE_S = (5.0, 30.0)  # from a new secret to the control plane that uses it
 
 
 class Node:
@@ -121,7 +120,6 @@ class Node:
             on_down=self._link_down,
             welcome=self._welcome,
         )
-        rng = random.Random(secrets.randbits(64))  # noqa: S311  spreads load, guards nothing
         self.members = Members(
             identity,
             swarm=entry.swarm.id,
@@ -141,11 +139,10 @@ class Node:
             mesh=self.mesh,
             switch=self.switch,
             save=lambda keyring: save_keyring(home, keyring),
-            on_new_secret=lambda: self._new_secret.set(),
+            on_new_secret=lambda: self.control.follow(),
             clock=clock,
             rng=rng,
         )
-        self._new_secret = asyncio.Event()
         self.removed: RemovedFromSwarm | None = None  # this node itself
         self.switch.on_message(
             MembershipNotice, lambda _, notice, __: self.members.take_notice(notice.statements)
@@ -159,9 +156,9 @@ class Node:
             rng,
             state=lambda: {"epoch": self.swarm.epoch},
         )
-        self.control = self._make_control()
+        self.control = Control(self._make_control, on_new=self._control_replaced, rng=rng)
         self.discovery = Discovery(
-            control=self.control,
+            control=self.control.plane,
             mesh=self.mesh,
             views=self.views,
             swarm=entry.swarm.id,
@@ -251,7 +248,7 @@ class Node:
         for member in self._known:
             self.mesh.learn(member.peer_id, member.addresses)
         await self.control.start()
-        stack.push_async_callback(self._close_control)
+        stack.push_async_callback(self.control.aclose)
         self._publish_card()
         control_key = secrets.token_urlsafe(32)
         config = self.config
@@ -275,7 +272,7 @@ class Node:
                 self.discovery.run,
                 self.planning.run,
                 self.epochs.run,
-                self._follow_secret,
+                self.control.run,
                 self._expire,
             ):
                 group.create_task(loop(), name=loop.__qualname__)
@@ -339,8 +336,6 @@ class Node:
             self.server.expire()
             self.members.saw(self.live_peers(), unix_time=time.time())
 
-    # --- the control plane -------------------------------------------------------------------
-
     def _make_control(self) -> ControlPlane:
         return ControlPlane(
             private_key=self.identity.seed,
@@ -350,27 +345,8 @@ class Node:
             mdns=self.config.mdns,
         )
 
-    async def _close_control(self) -> None:
-        await self.control.aclose()
-
-    async def _follow_secret(self) -> None:
-        """After each new secret, at leisure: links and store find members meanwhile."""
-        while True:
-            await self._new_secret.wait()
-            await asyncio.sleep(random.uniform(*CONTROL_LEISURE_S))  # noqa: S311  not all at once
-            self._new_secret.clear()
-            try:
-                await self._restart_control()
-            except ControlError as error:
-                logger.warning("the control plane has not followed the new secret: %s", error)
-                self._new_secret.set()
-
-    async def _restart_control(self) -> None:
-        """Enter the DHT anew, with the pre-shared key of now."""
-        await self.control.aclose()
-        self.control = self._make_control()
-        await self.control.start()
-        self.discovery.use_control(self.control)
+    def _control_replaced(self, plane: ControlPlane) -> None:
+        self.discovery.use_control(plane)
         self._publish_card()
 
     # --- links -------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ class Mesh:
         self._services: dict[type[Message], Handler] = {}
         self._doors: list[Door] = []
         self._paths = PathManager(self._secure)
-        gate = PreambleGate(identity.peer_id, self._preamble_key)
+        gate = PreambleGate(identity.peer_id, self._preamble_key, opened_at=time.time())
         self._listener = Listener(listen, gate, self._on_connection)
         self._tasks = Tasks()
         self._is_closing = False

@@ -61,8 +61,8 @@ class Member:
 
     def publish(self, *said: Statement, admitted: str | None = None) -> None:
         doc = self.docs.get(self.id, Doc())
-        kinds = (type(s) for s in said if isinstance(s, Rotation))
-        kept = tuple(s for s in doc.statements if type(s) not in kinds)  # a record per rotation
+        is_new = any(isinstance(s, Rotation) for s in said)  # an author has one record of it
+        kept = tuple(s for s in doc.statements if not (is_new and isinstance(s, Rotation)))
         more = doc.admitted if admitted is None else doc.admitted | {admitted}
         self.docs[self.id] = Doc(doc.number + 1, (*kept, *said), more)
 
