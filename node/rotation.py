@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from enum import Enum, auto
 
-from covey.store.schema import MAX_COPIES, Rotation
+from covey.store.schema import MAX_COPIES, MAX_EPOCH, Rotation
 from covey.transport.identity import Identity
 from covey.transport.membership import Keyring, Swarm
 from covey.transport.sealing import open_sealed, seal_to
@@ -148,11 +148,15 @@ class Secrets:
         return Need.ROTATE if now - self._stale_since >= n_before * TURN_S else Need.NOTHING
 
     def _latest_epoch(self, standing: Standing) -> int:
-        """Where to count on from; what somebody counted who may rotate no longer is forgotten."""
+        """Where to count on from.
+
+        Not from what somebody counted who may rotate no longer, if that leaves too few numbers.
+        """
         latest = standing.rotation.epoch if standing.rotation is not None else 0
-        if self.keyring.by is None or self.keyring.by in standing.authorities:
-            latest = max(latest, self.keyring.current.epoch)
-        return latest
+        is_ours_void = self.keyring.by is not None and self.keyring.by not in standing.authorities
+        if is_ours_void and self.keyring.current.epoch > MAX_EPOCH // 2:
+            return latest
+        return max(latest, self.keyring.current.epoch)
 
 
 def _copies(members: Iterable[str], secret: bytes) -> dict[str, bytes]:
