@@ -56,7 +56,7 @@ class Epochs:
         mesh: Mesh,
         switch: Switch,
         save: Callable[[Keyring], None],
-        on_new_secret: Callable[[], None],
+        on_new_secret: Callable[[Swarm], None],
         clock: Callable[[], float],
         rng: random.Random,
     ) -> None:
@@ -217,4 +217,4 @@ class Epochs:
         if keyring.current != before.current:
             logger.info("the swarm's secret is of epoch %d now", keyring.current.epoch)
             self._mesh.use_swarm(keyring.current)
-            self._on_new_secret()
+            self._on_new_secret(keyring.current)

@@ -139,7 +139,7 @@ class Node:
             mesh=self.mesh,
             switch=self.switch,
             save=lambda keyring: save_keyring(home, keyring),
-            on_new_secret=lambda: self.control.follow(),
+            on_new_secret=self._secret_changed,
             clock=clock,
             rng=rng,
         )
@@ -344,6 +344,11 @@ class Node:
             listen=(self.config.host,),
             mdns=self.config.mdns,
         )
+
+    def _secret_changed(self, swarm: Swarm) -> None:
+        """Hand the new secret to all that has keys of its own; the mesh has it already."""
+        logger.info("keys of epoch %d are in use", swarm.epoch)
+        self.control.follow()
 
     def _control_replaced(self, plane: ControlPlane) -> None:
         self.discovery.use_control(plane)

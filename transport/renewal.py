@@ -26,10 +26,10 @@ from .errors import (
 from .frame import Frame
 from .handshake import Credentials, accept, dial
 from .identity import Identity
-from .link import Link
+from .link import Link, LinkKind
 from .membership import Keyring, Swarm
 from .messages import Admitted, Failure, SecretAnswer, SecretRequest
-from .paths import PathManager
+from .paths import direct_ways, open_path
 from .tls import build_contexts
 
 ANSWER_S = 10.0
@@ -51,11 +51,14 @@ async def renew(
     """
     credentials = _renewal_credentials(swarm, identity)
 
-    async def secure(connection: socket.socket, peer_id: str) -> Link:
-        return await dial(connection, credentials, peer_id=peer_id, is_allowed=lambda _: True)
+    async def secure(connection: socket.socket, kind: LinkKind) -> Link:
+        link, _ = await dial(
+            connection, credentials, peer_id=peer_id, is_allowed=lambda _: True, kind=kind
+        )
+        return link
 
     try:
-        link = await PathManager(secure).open(peer_id, addresses, DIAL_S)
+        link = await open_path(peer_id, direct_ways(addresses), (), secure, deadline_s=DIAL_S)
     except LinkClosed as error:
         raise PeerUnreachable(peer_id, "it closed the link") from error
     try:

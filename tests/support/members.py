@@ -89,7 +89,7 @@ class MemberNode:
             mesh=self.mesh,
             switch=self.switch,
             save=lambda ring: setattr(self, "saved", ring),
-            on_new_secret=lambda: None,
+            on_new_secret=lambda _: None,
             clock=clock,
             rng=random.Random(1),
         )

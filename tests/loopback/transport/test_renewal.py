@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -13,10 +13,10 @@ from covey.transport.errors import ErrorCode, PeerUnreachable, RefusedByPeer
 from covey.transport.frame import Frame
 from covey.transport.handshake import Credentials, dial
 from covey.transport.identity import Identity
-from covey.transport.link import Link
+from covey.transport.link import Link, LinkKind
 from covey.transport.membership import HONOURED_S, Keyring
 from covey.transport.messages import Failure, SecretAnswer, SecretRequest
-from covey.transport.paths import PathManager
+from covey.transport.paths import direct_ways, open_path
 from covey.transport.renewal import RenewalDoor, renew
 from covey.transport.tls import build_contexts
 from support.meshes import Node, beat, open_session, swarm_of
@@ -139,13 +139,15 @@ async def opened(host: Host, asker: Node) -> Link:
     contexts = build_contexts(old.authority_seed, asker.identity)
     credentials = Credentials(old.renewal_key_id, old.renewal_key, contexts)
 
-    async def secure(connection: object, peer_id: str) -> Link:
-        return await dial(
-            connection,  # type: ignore[arg-type]
+    async def secure(connection: socket.socket, kind: LinkKind) -> Link:
+        link, _ = await dial(
+            connection,
             credentials,
-            peer_id=peer_id,
+            peer_id=host.node.id,
             is_allowed=lambda _: True,
+            kind=kind,
         )
+        return link
 
-    async with asyncio.timeout(5):
-        return await PathManager(secure).open(host.node.id, host.node.mesh.addresses, 5.0)
+    ways = direct_ways(host.node.mesh.addresses)
+    return await open_path(host.node.id, ways, (), secure, deadline_s=5.0)

@@ -24,6 +24,9 @@ def keys(swarm: Swarm) -> list[bytes]:
         swarm.authority_seed,
         swarm.libp2p_psk,
         swarm.commitment,
+        swarm.stun_key,
+        swarm.observe_key_id,
+        swarm.observe_key,
     ]
 
 
