@@ -175,6 +175,10 @@ class Lab:
         """What a member's cable does now; None for a plain one."""
         return self._cables[name].link
 
+    def interface(self, name: str) -> str:
+        """What a member's own end of its cable is called."""
+        return self._cables[name].near.interface
+
     def port(self, name: str) -> End:
         """Where a member's cable is plugged into its network's bridge."""
         return self._cables[name].far
