@@ -129,8 +129,9 @@ class Namespace:
 
     def set(self, setting: str, value: int) -> None:
         """Write one of the kernel's settings that each namespace has of its own, as sysctl does."""
+        path = Path("/proc/sys", *setting.split("."))
         with self.entered():
-            Path("/proc/sys", *setting.split(".")).write_text(f"{value}\n")
+            path.write_text(f"{value}\n")
 
 
 def create(names: Iterable[str]) -> dict[str, Namespace]:
@@ -139,6 +140,8 @@ def create(names: Iterable[str]) -> dict[str, Namespace]:
     run("ip", "-batch", "-", stdin="\n".join(f"netns add {name}" for name in made))
     for namespace in made.values():
         namespace.ip("link set lo up")
+        # Nobody else has a new address here; to make sure would take the first second of IPv6.
+        namespace.set("net.ipv6.conf.default.accept_dad", 0)
     return made
 
 
