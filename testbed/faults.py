@@ -154,21 +154,23 @@ class Stop:
 
 def cut_rules(port: str, direction: Direction) -> Sequence[str]:
     """The chains that keep a bridge's port from carrying what its owner sends, is sent, or both."""
-    chains = {
-        "up": f"chain up {{ type filter hook prerouting priority -300; iifname {port!r} drop; }}",
-        "down": f"chain down {{ type filter hook postrouting priority 0; oifname {port!r} drop; }}",
-    }
-    chosen = ("up", "down") if direction == "both" else (direction,)
-    return [chains[name].replace("'", '"') for name in chosen]
+    up = f'chain up {{ type filter hook prerouting priority -300; iifname "{port}" drop; }}'
+    down = f'chain down {{ type filter hook postrouting priority 0; oifname "{port}" drop; }}'
+    return {"up": [up], "down": [down], "both": [up, down]}[direction]
 
 
 def partition_rules(one: Sequence[str], other: Sequence[str]) -> Sequence[str]:
     """The chain that keeps two groups of a bridge's ports apart."""
-    left, right = (f"{{ {', '.join(group)} }}" for group in (one, other))
+    left, right = _set_of(one), _set_of(other)
     return [
         "chain apart { type filter hook forward priority 0;"
         f" iifname {left} oifname {right} drop; iifname {right} oifname {left} drop; }}"
     ]
+
+
+def _set_of(ports: Sequence[str]) -> str:
+    quoted = ", ".join(f'"{port}"' for port in ports)
+    return f"{{ {quoted} }}"
 
 
 def _add_table(lab: Lab, at: str, chains: Sequence[str]) -> Undo:

@@ -128,10 +128,17 @@ class Namespace:
             return socket.socket(family, kind)
 
     def set(self, setting: str, value: int) -> None:
-        """Write one of the kernel's settings that each namespace has of its own, as sysctl does."""
+        """Write one of the kernel's settings that each namespace has of its own, as sysctl does.
+
+        Raises:
+            LabUnavailable: this kernel does not have it.
+        """
         path = Path("/proc/sys", *setting.split("."))
-        with self.entered():
-            path.write_text(f"{value}\n")
+        try:
+            with self.entered():
+                path.write_text(f"{value}\n")
+        except OSError as error:
+            raise LabUnavailable(f"{setting} cannot be set: {error.strerror}") from error
 
 
 def create(names: Iterable[str]) -> dict[str, Namespace]:
