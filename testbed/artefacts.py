@@ -5,13 +5,16 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
 
 from .lab import Lab
+from .namespaces import LabUnavailable
 
+_BEGIN_S = 10.0
 _CAPTURE = Path(__file__).with_name("capture.py")
 
 
@@ -62,12 +65,23 @@ class Cell:
         return self.folder / f"{name}.log"
 
     def capture(self, lab: Lab, names: Iterable[str]) -> None:
-        """Record what machines send and receive on their cables, until the cell is over."""
-        for name in names:
-            script = (sys.executable, "-I", "-S", str(_CAPTURE))
-            target = (lab.interface(name), str(self.folder / f"{name}.pcap"))
+        """Record what machines send and receive on their cables, until the cell is over.
+
+        Raises:
+            LabUnavailable: a capture does not begin.
+        """
+        files = {name: self.folder / f"{name}.pcap" for name in names}
+        for name, file in files.items():
+            command = (sys.executable, "-I", "-S", str(_CAPTURE), lab.interface(name), str(file))
             log = self.log(f"{name}-capture")
-            self._captures.append(lab.start(name, *script, *target, log=log))
+            self._captures.append(lab.start(name, *command, log=log))
+        deadline = time.monotonic() + _BEGIN_S
+        for name, file in files.items():
+            # It writes the file's head once it listens.
+            while not file.exists() or not file.stat().st_size:
+                if time.monotonic() > deadline:
+                    raise LabUnavailable(f"the capture at {name} does not begin; see its log")
+                time.sleep(0.01)
 
     def stop(self) -> None:
         """End the captures."""
