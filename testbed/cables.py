@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from .links import Link, Way
-from .namespaces import LabUnavailable, Namespace, run
+from .namespaces import LabUnavailable, Namespace, promotion, run
 
 GAP = "wires"  # the namespace where cut cables end
 WIRE = Path(__file__).with_name("wire.py")
@@ -99,8 +99,11 @@ class Wired:
             seed: decides which packets are lost.
         """
         self._n_cables = 0
+        asking = promotion()
+        arguments = [str(number) for number in (seed, *asking)]
         self._process = subprocess.Popen(
-            [*Namespace(GAP).prefix, sys.executable, "-I", "-S", str(WIRE), str(seed)],
+            [*Namespace(GAP).prefix, sys.executable, "-I", "-S", str(WIRE), *arguments],
+            pass_fds=asking,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )

@@ -30,6 +30,7 @@ from .topology import (
     Topology,
 )
 
+TOOLS = ("ip", "tc", "nft", "conntrack", "ethtool")  # iproute2, nftables, conntrack, ethtool
 _BRIDGE = "br0"  # of the internet
 _N_PROBES_AT_ONCE = 8
 _UP_S = 5.0

@@ -33,6 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only", action="append", metavar="KIND,KIND", help="this pair, as 'open,symmetric'"
     )
+    parser.add_argument("--relays", type=int, choices=(1, 2), default=2, help="public members")
     parser.add_argument("--capture", action="store_true", help="record the packets of failed pairs")
 
 
@@ -48,6 +49,7 @@ def measure(folder: Path, options: argparse.Namespace) -> Sequence[Row]:
             rows += nat_matrix.measure(
                 chosen or nat_matrix.all_pairs(),
                 cone_for_tcp=flavour == "tcp-cones",
+                n_relays=options.relays,
                 has_captures=options.capture,
             )
     return rows
