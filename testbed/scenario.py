@@ -164,7 +164,7 @@ class Do:
     """Whatever else; a figure that it returns is noted under its name, for expectations."""
 
     name: str
-    action: Callable[[Running], float | None]
+    action: Callable[[Running], float | None] = field(repr=False)
 
     def do(self, running: Running) -> None:
         """Call it."""

@@ -8,6 +8,7 @@ measured at the member that dials; nothing here helps it.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -114,12 +115,12 @@ def all_pairs() -> list[Pair]:
 
 
 def parse_pair(text: str) -> Pair:
-    """The pair called "KIND,KIND". Raises LabBroken if there is no such kind."""
+    """The pair called "KIND,KIND". Raises ArgumentTypeError if there is no such kind."""
     try:
         dialler, dialled = (NatKind(word.strip()) for word in text.split(","))
     except ValueError as error:
         kinds = ", ".join(NatKind)
-        raise LabBroken(f"{text!r} is not two of {kinds} with a comma between") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not two of {kinds}") from error
     return Pair(dialler, dialled)
 
 
