@@ -85,13 +85,20 @@ class Listener:
     @property
     def addresses(self) -> tuple[str, ...]:
         """Each "host:port" another machine may dial, the most useful first."""
-        bound = [listening.getsockname()[:2] for listening in self._sockets]
         found = [
             format_address(reachable, port)
-            for host, port in bound
+            for host, port in self.bound
             for reachable in reachable_hosts(host)
         ]
         return tuple(found[:MAX_ADDRESSES])
+
+    @property
+    def bound(self) -> tuple[tuple[str, int], ...]:
+        """Host and port of each listening socket; the host may be "0.0.0.0" or "::"."""
+        return tuple(
+            (str(host), int(port))
+            for host, port in (listening.getsockname()[:2] for listening in self._sockets)
+        )
 
     def start(self) -> None:
         """Bind, and accept from now on.

@@ -76,6 +76,21 @@ class Swarm:
         """Pre-shared key of the libp2p network, 32 bytes."""
         return self._derive("libp2p psk", 32)
 
+    @property
+    def stun_key(self) -> bytes:
+        """Key of MESSAGE-INTEGRITY in STUN between members, 32 bytes."""
+        return self._derive("stun", 32)
+
+    @property
+    def observe_key_id(self) -> bytes:
+        """16 bytes that name `observe_key` in a preamble."""
+        return self._derive("observe key id", KEY_ID_BYTES)
+
+    @property
+    def observe_key(self) -> bytes:
+        """Key of the preamble, and of the answer, of who asks how its TCP address looks."""
+        return self._derive("observe key", 32)
+
     def to_dict(self) -> dict[str, str | int]:
         """For the node's state file; holds the secret."""
         state: dict[str, str | int] = msgspec.to_builtins(

@@ -9,10 +9,12 @@ from covey.transport import preamble
 from covey.transport.preamble import (
     NONCE_BYTES,
     PREAMBLE_BYTES,
+    RECEIPT_BYTES,
     STALE_AFTER_S,
     PreambleGate,
     Verdict,
     build_preamble,
+    build_receipt,
 )
 
 KEY_ID, KEY, PEER = b"k" * 16, b"s" * 32, "12D3KooWpeer"
@@ -79,3 +81,16 @@ def test_a_full_memory_refuses_and_then_forgets() -> None:
     assert door.judge(fresh, unix_time=NOW)[0] is Verdict.REPLAYED
     assert door.judge(fresh, unix_time=NOW + 11)[0] is Verdict.GOOD
     assert len(door._seen) == 1
+
+
+@given(nonces, nonces)
+def test_a_receipt_is_for_one_preamble_and_needs_the_key(nonce: bytes, other: bytes) -> None:
+    door, hello = gate(), build(nonce)
+    door.judge(hello, unix_time=NOW)
+    receipt = door.receipt(hello)
+    assert len(receipt) == RECEIPT_BYTES
+    assert receipt == build_receipt(hello, key=KEY, peer_id=PEER)
+    assert receipt not in hello
+    assert receipt != build_receipt(hello, key=b"x" * 32, peer_id=PEER)
+    assert receipt != build_receipt(hello, key=KEY, peer_id=PEER + "2")
+    assert (receipt == door.receipt(build(other))) == (nonce == other)

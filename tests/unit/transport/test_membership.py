@@ -16,7 +16,15 @@ GUEST = Identity(bytes([1] * 32)).peer_id
 
 
 def keys(swarm: Swarm) -> list[bytes]:
-    return [swarm.key_id, swarm.preamble_key, swarm.authority_seed, swarm.libp2p_psk]
+    return [
+        swarm.key_id,
+        swarm.preamble_key,
+        swarm.authority_seed,
+        swarm.libp2p_psk,
+        swarm.stun_key,
+        swarm.observe_key_id,
+        swarm.observe_key,
+    ]
 
 
 def test_every_use_and_every_epoch_has_a_key_of_its_own() -> None:
