@@ -117,7 +117,7 @@ class Mesh:
         self._services: dict[type[Message], Handler] = {}
         self._doors: list[Door] = []
         self._on_path: list[OnUp] = []
-        gate = PreambleGate(identity.peer_id, self._preamble_key)
+        gate = PreambleGate(identity.peer_id, self._preamble_key, opened_at=time.time())
         self._listener = Listener(listen, gate, self._on_connection)
         self._tasks = Tasks()
         self._dialler = Dialler(
@@ -194,6 +194,11 @@ class Mesh:
             contact = self._contact(peer_id)
             contact.addresses = tuple(addresses)
             contact.mapped, contact.relays = tuple(mapped), tuple(relays)
+
+    def addresses_of(self, peer_id: str) -> tuple[str, ...]:
+        """Where a peer can be dialled, as far as is known."""
+        contact = self._contacts.get(peer_id)
+        return contact.addresses if contact is not None else ()
 
     async def peer(self, peer_id: str) -> Peer:
         """The peer, dialled if there is no link to it yet; callers at once share one dial.

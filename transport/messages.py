@@ -35,6 +35,7 @@ PrefixKey = Annotated[bytes, Meta(min_length=16, max_length=16)]
 CircuitId = Annotated[bytes, Meta(min_length=16, max_length=16)]
 CircuitKey = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Address = Annotated[str, Meta(min_length=3, max_length=256)]
+Statements = Annotated[list[Annotated[bytes, Meta(max_length=96 * 1024)]], Meta(max_length=600)]
 IpAddress = Annotated[str, Meta(min_length=2, max_length=45, pattern=r"\A[0-9a-fA-F:.]+\Z")]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 PortOrNone = Annotated[int, Meta(ge=0, le=65535)]
@@ -136,6 +137,29 @@ class Welcome(Message, tag="welcome", frozen=True, kw_only=True):
     secret: Annotated[bytes, Meta(min_length=32, max_length=32)]
     founder: PeerId
     members: Annotated[list[MemberEntry], Meta(max_length=256)]
+
+
+class MembershipNotice(Message, tag="notice", frozen=True, kw_only=True):
+    """Signed statements about membership, opaque here (`node/standing.py`).
+
+    The last frame to a member that was removed: whoever it is from, the signatures say why.
+    """
+
+    statements: Statements
+
+
+class SecretRequest(Message, tag="ask_secret", frozen=True, kw_only=True):
+    """Which secret has the swarm now? All that is heard on a link opened with an earlier one."""
+
+
+class SecretAnswer(Message, tag="secret", frozen=True, kw_only=True):
+    """Answer to a SecretRequest: what was signed, and the secret sealed to the asker's identity.
+
+    Without a copy, the statements say that the asker was removed.
+    """
+
+    statements: Statements
+    copy: Annotated[bytes, Meta(min_length=32, max_length=128)] | None
 
 
 # --- nat: how a member looks from outside --------------------------------------------------------
@@ -334,6 +358,9 @@ AnyMessage = (
     | Goodbye
     | JoinRequest
     | Welcome
+    | MembershipNotice
+    | SecretRequest
+    | SecretAnswer
     | ViewRequest
     | View
     | DialBack
