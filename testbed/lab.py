@@ -30,6 +30,7 @@ from .topology import (
     Topology,
 )
 
+TOOLS = ("ip", "tc", "nft", "conntrack", "ethtool")  # iproute2, nftables, conntrack, ethtool
 _BRIDGE = "br0"  # of the internet
 _N_PROBES_AT_ONCE = 8
 _UP_S = 5.0
@@ -98,12 +99,13 @@ class Lab:
             log: where what it says on stderr goes, and on stdout unless `options` redirect that.
             options: of `subprocess.Popen`.
         """
-        if log is not None:
-            output = self._stack.enter_context(log.open("ab"))
-            options = {"stdout": output, "stderr": output, **options}
-        argv = [*self.machines[name].prefix, *command]
-        process: subprocess.Popen[bytes] = subprocess.Popen(argv, **options)  # type: ignore[call-overload]
-        self._stack.callback(_end, process)
+        with ExitStack() as opened:  # the process has the log for itself
+            if log is not None:
+                output = opened.enter_context(log.open("ab"))
+                options = {"stdout": output, "stderr": output, **options}
+            argv = [*self.machines[name].prefix, *command]
+            process: subprocess.Popen[bytes] = subprocess.Popen(argv, **options)  # type: ignore[call-overload]
+        self._stack.callback(end, process)
         return process
 
     # --- what is true of it -----------------------------------------------------------------------
@@ -329,7 +331,8 @@ def _words(kinds: Kinds) -> str:
     return f"{udp or 'nothing known'} for UDP and {tcp or 'nothing known'} for TCP"
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process, if it still runs."""
     process.kill()
     process.wait()
 

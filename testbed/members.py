@@ -71,9 +71,10 @@ class Member:
             raise LabBroken(f"a node on {self.host} does not start; see its log")
         self.addresses = event["addresses"]
 
-    def learn(self, other: Member) -> None:
-        """Let it know where another says that it is."""
-        self._do(do="learn", peer=other.peer_id, addresses=list(other.addresses))
+    def learn(self, other: Member, *, relays: Sequence[Member] = ()) -> None:
+        """Let it know where another says that it is, and whom that one has a link to."""
+        addresses, ids = list(other.addresses), [relay.peer_id for relay in relays]
+        self._do(do="learn", peer=other.peer_id, addresses=addresses, relays=ids)
 
     def dial(self, other: Member) -> None:
         """Let it make a link and watch it."""

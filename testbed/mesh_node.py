@@ -4,7 +4,7 @@ A transport and nothing above it, so it starts fast. SEED is the identity in hex
 the swarm in JSON, PORT what it listens on, on every address. It reads commands and writes what
 happens, one JSON object a line; `testbed.members` is the other end. Seconds count from the command.
 
-    {"do": "learn", "peer": ID, "addresses": [...]}   where a peer may be dialled
+    {"do": "learn", "peer": ID, "addresses": [...], "relays": [ID, ...]}   where a peer may be found
     {"do": "dial", "peer": ID}   answered by "first-byte" or "failed", then "path" at each change
     {"said": "ready", "peer": ID, "addresses": [...]}
     {"said": "up", "peer": ID, "kind": ...}, {"said": "down", "peer": ID, "why": ...}
@@ -50,7 +50,8 @@ class Node:
             command: dict[str, Any] = json.loads(line)
             match command["do"]:
                 case "learn":
-                    self._mesh.learn(command["peer"], command["addresses"])
+                    peer_id, addresses = command["peer"], command["addresses"]
+                    self._mesh.learn(peer_id, addresses, relays=command["relays"])
                 case "dial":
                     task = asyncio.create_task(self._dial(command["peer"], time.perf_counter()))
                     self._tasks.add(task)
