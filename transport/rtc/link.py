@@ -38,7 +38,7 @@ RECEIVE_BUFFER_BYTES = 8 << 20  # the window stands still beyond this, and moves
 RECEIVE_BUFFER_FRAMES = 1024
 WINDOW_BYTES = 4 << 20  # on the way: 20 MB/s over a round trip of 200 ms
 CLOSE_DEADLINE_S = 2.0  # to flush what was sent, and as long again for the other end's goodbye
-MESSAGE_BYTES = 16 << 10
+MESSAGE_BYTES = 32 << 10
 CHANNEL_HIGH_BYTES = 256 << 10  # what a heartbeat may wait for inside the library
 CHANNEL_LOW_BYTES = 128 << 10
 _SEGMENT_BYTES = 64 << 10
@@ -172,7 +172,7 @@ class RtcLink:
 
     def _read(self, message: bytes | str) -> None:
         if isinstance(message, bytes):
-            if message[:1] == _DATA:
+            if message[:1] == _DATA and len(message) > 1:
                 return self._take(memoryview(message)[1:])
             if message[:1] == _GRANT and len(message) == 1 + _TOTAL.size:
                 return self._granted(_TOTAL.unpack_from(message, 1)[0])
