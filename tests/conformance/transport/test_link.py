@@ -14,9 +14,9 @@ from covey.transport.identity import Identity
 from covey.transport.link import Link, LinkKind
 from covey.transport.memory import Conditions, memory_link_pair
 from covey.transport.messages import Beat, Forward, StageTrace
-from covey.transport.rtc import open_rtc_link
 from covey.transport.stream_link import open_stream_link
 from covey.transport.tls import authenticate, build_contexts
+from support.rtc import rtc_pair
 
 Pair = tuple[Link, Link]
 MIB = 1 << 20
@@ -56,37 +56,8 @@ async def direct_pair() -> Pair:
     return at_a, at_b
 
 
-class QueueSignal:
-    """Carries descriptions between two ends in one process."""
-
-    def __init__(self, out: asyncio.Queue[str], back: asyncio.Queue[str]) -> None:
-        self._out, self._back = out, back
-
-    async def send(self, text: str) -> None:
-        self._out.put_nowait(text)
-
-    async def receive(self) -> str:
-        return await self._back.get()
-
-
 async def webrtc_pair() -> Pair:
-    one: asyncio.Queue[str] = asyncio.Queue()
-    other: asyncio.Queue[str] = asyncio.Queue()
-    with pytest.MonkeyPatch.context() as patch:
-        # aioice leaves the loopback interface out.
-        patch.setattr("aioice.ice.get_host_addresses", lambda **_: ["127.0.0.1"])
-        at_a, at_b = await asyncio.gather(
-            *(
-                open_rtc_link(
-                    signal, is_dialer=is_dialer, peer_id=peer, hosts=("127.0.0.1",), deadline_s=5.0
-                )
-                for signal, is_dialer, peer in (
-                    (QueueSignal(one, other), True, B.peer_id),
-                    (QueueSignal(other, one), False, A.peer_id),
-                )
-            )
-        )
-    return at_a, at_b
+    return await rtc_pair(A.peer_id, B.peer_id)
 
 
 @pytest.fixture(
