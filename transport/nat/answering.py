@@ -88,7 +88,7 @@ class Answering:
             peer.reply(frame, Failure(code=ErrorCode.NOT_READY))
             return
         view = View(
-            host=host,
+            host=_without_zone(host),
             port=self.ports.listening,
             udp_port=self.ports.udp,
             other_udp_port=self.ports.other_udp,
@@ -121,7 +121,7 @@ class Answering:
         elif self._n_dialling >= MAX_DIALS or not self._dials.take(
             peer.peer_id, now=self._loop.time()
         ):
-            peer.reply(frame, DialledBack(outcome="declined", host=host))
+            peer.reply(frame, DialledBack(outcome="declined", host=_without_zone(host)))
         else:
             self._n_dialling += 1
             self._tasks.spawn(self._dial_back(peer, frame, message, host), "dial back")
@@ -131,7 +131,7 @@ class Answering:
             outcome = await self._try((host, message.port), peer.peer_id, message.nonce)
         finally:
             self._n_dialling -= 1
-        peer.reply(frame, DialledBack(outcome=outcome, host=host))
+        peer.reply(frame, DialledBack(outcome=outcome, host=_without_zone(host)))
 
     async def _try(
         self, target: tuple[str, int], peer_id: str, nonce: bytes | None
@@ -163,3 +163,8 @@ class Answering:
             except TransportError as error:
                 return "refused" if isinstance(error.__cause__, ConnectionRefusedError) else "wrong"
         return "answered"
+
+
+def _without_zone(host: str) -> str:
+    """An IPv6 link-local address less the name of our interface, which means nothing elsewhere."""
+    return host.partition("%")[0]

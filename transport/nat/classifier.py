@@ -28,7 +28,7 @@ from covey.transport.peer import Peer
 from covey.transport.tasks import Tasks
 
 from .facts import MAX_OBSERVERS, Endpoint, Evidence, NatKind, Sighting, classify
-from .observation import ObserveKeys, observe, receive_exactly, reusable_socket
+from .observation import OTHER_PORT, ObserveKeys, observe, receive_exactly, reusable_socket
 from .prober import UdpProber
 from .stun import PROBE_BYTES, TRANSACTION_BYTES, read_probe
 
@@ -90,7 +90,11 @@ class Classifier:
         family = _one_family([observer for observer in observers if observer.stun])
         if not family:
             return NatKind.UNKNOWN
-        prober = await UdpProber.open(_any_host(family[0].host), self.stun_key)
+        try:
+            prober = await UdpProber.open(_any_host(family[0].host), self.stun_key)
+        except OSError as error:
+            self._note("UDP socket", None, str(error))
+            return NatKind.UNKNOWN
         try:
             evidence = await self._udp_evidence(prober, family)
         finally:
@@ -104,8 +108,12 @@ class Classifier:
         family = _one_family([observer for observer in observers if observer.port])
         if not family:
             return NatKind.UNKNOWN
-        with ExitStack() as sockets:
-            evidence = await self._tcp_evidence(family, sockets)
+        try:
+            with ExitStack() as sockets:
+                evidence = await self._tcp_evidence(family, sockets)
+        except (OSError, TransportError) as error:  # no more sockets, or our port was taken
+            self._note("TCP socket", None, str(error))
+            return NatKind.UNKNOWN
         kind = classify(evidence)
         self._note("TCP kind", None, kind.value)
         return kind
@@ -224,8 +232,11 @@ class Classifier:
         if observer is None or not port:
             return None
         server = format_address(observer.host, port)
+        suffix = OTHER_PORT if port == observer.view.other_tcp_port else ""
         try:
-            text = await observe(connection, server, peer_id=observer.peer.peer_id, keys=self.keys)
+            text = await observe(
+                connection, server, peer_id=observer.peer.peer_id + suffix, keys=self.keys
+            )
         except TransportError as error:
             self._note(f"TCP to {server}", observer, str(error))
             return None

@@ -222,7 +222,7 @@ def _upnp_add(port: int, wish: int) -> Mapped:
             try:
                 _upnp_call(
                     router.addportmapping,
-                    *(outer_port, "TCP", router.lanaddr, port, "Covey", "", str(lease_s)),
+                    *(outer_port, "TCP", router.lanaddr, port, "Covey", "", lease_s),
                 )
             except MappingFailed as error:
                 reason = str(error)
@@ -247,8 +247,10 @@ def _upnp_router() -> miniupnpc.UPnP:
 
 
 def _upnp_call(call: Callable[..., T], *arguments: object) -> T:
-    """Raises MappingFailed for whatever miniupnpc raises, which is only ever `Exception`."""
+    """Raises MappingFailed for what miniupnpc says of the router: always a bare `Exception`."""
     try:
         return call(*arguments)
     except Exception as error:
+        if type(error) is not Exception:
+            raise
         raise MappingFailed(str(error) or type(error).__name__) from error

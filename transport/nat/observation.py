@@ -36,6 +36,10 @@ HELD_S = 60.0  # a connection is kept no longer
 MAX_HELD = 256
 MAX_HELD_EACH = 16  # of one host; members behind one router share it
 
+# A preamble for the second listening port names the peer so: each port remembers only its own
+# nonces, and what was said to one must not open the other.
+OTHER_PORT = " other port"
+
 _VERSION = 1
 _LAYOUT = struct.Struct("!BBH16s")
 _ANSWER_BYTES = _LAYOUT.size + 32

@@ -7,9 +7,11 @@ holds what they found. `facts` may be read at any time and says `unknown` until 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Self
@@ -26,9 +28,10 @@ from covey.transport.tasks import Tasks
 from .address_watch import AddressWatch
 from .answering import Answering, Ports
 from .classifier import Classifier, Observer, Step
+from .explain import Finding, explain
 from .facts import MAX_HOSTS, MAX_LAN_HOSTS, NatFacts, is_public
 from .mapping import Mapped, PortMapper
-from .observation import ObservationDoor, ObserveKeys, observe, reusable_socket
+from .observation import OTHER_PORT, ObservationDoor, ObserveKeys, observe, reusable_socket
 from .responder import Responder, UdpPort, open_responder
 
 logger = logging.getLogger(__name__)
@@ -134,6 +137,12 @@ class NatService:
         mapper = self._mapper
         return "" if mapper is None or mapper.mapped is not None else mapper.reason
 
+    def explain(self) -> tuple[Finding, ...]:
+        """All of it in words, with what the user could change."""
+        return explain(
+            self.facts, claimed_address=self.claimed_address, mapping_reason=self.mapping_reason
+        )
+
     @property
     def claimed_address(self) -> str | None:
         """The "host:port" that the router says leads here; nobody may have tried it yet."""
@@ -185,9 +194,9 @@ class NatService:
         """Refresh when something changed, when there are more to ask, and now and then."""
         pause_s = LOOK_S
         while True:
-            if self._is_stale or self._is_due() or self._are_new_observers():
+            if self._is_stale or self._is_due() or self._could_know_more():
                 await self.refresh()
-                # With nobody to ask the round was for nothing: the next one is less urgent.
+                # If nobody could answer the round was for nothing: the next one is less urgent.
                 pause_s = LOOK_S if self.facts.n_observers else min(2 * pause_s, LOOK_AT_MOST_S)
             self._woken.clear()
             with suppress(TimeoutError):
@@ -199,11 +208,12 @@ class NatService:
         lease_s = mapped.lease_s if mapped is not None and mapped.lease_s else REFRESH_S
         return time.monotonic() - self.facts.measured_at > min(REFRESH_S, lease_s / 2)
 
-    def _are_new_observers(self) -> bool:
-        """Whether members could be asked that were not, while too few were."""
-        if len(self._live_observers()) >= ENOUGH_OBSERVERS:
+    def _could_know_more(self) -> bool:
+        """Whether too few were asked and there are others now, or none of them answered."""
+        n_observers, candidates = len(self._live_observers()), self._candidates()
+        if n_observers >= ENOUGH_OBSERVERS:
             return False
-        return bool(self._candidates() - self._asked)
+        return bool(candidates - self._asked) or (n_observers == 0 and bool(candidates))
 
     def _candidates(self) -> frozenset[Peer]:
         peers = self._mesh.peers.values()
@@ -243,13 +253,14 @@ class NatService:
             verified = await classifier.reachable(four, mapped.outer_port)
         self._observers = observers
         self.steps = tuple(classifier.steps)
-        seen = dict.fromkeys(observer.view.host for observer in observers)
+        # Most of them agree on one host of ours, whatever a single one may say.
+        seen = Counter(filter(self._is_outside, (observer.view.host for observer in observers)))
         return NatFacts(
             udp=udp,
             tcp=tcp,
             port=port,
             is_reachable=bool(reached),
-            public_hosts=tuple(filter(self._is_outside, seen))[:MAX_HOSTS],
+            public_hosts=tuple(host for host, _ in seen.most_common(MAX_HOSTS)),
             mapped_addresses=verified,
             lan_hosts=self._lan_hosts(),
             n_observers=len(observers),
@@ -257,9 +268,9 @@ class NatService:
         )
 
     async def _map(self, port: int) -> Mapped | None:
-        if self._mapper is None or any(
-            self._is_outside(host) for host in self._lan_hosts() if ":" not in host
-        ):
+        hosts = [ip for ip in map(ipaddress.ip_address, self._lan_hosts()) if ip.version == 4]
+        is_inside = any(not ip.is_loopback for ip in hosts)
+        if self._mapper is None or not is_inside or any(self._is_outside(str(ip)) for ip in hosts):
             return None  # an address of our own needs none
         return await self._mapper.map(port)
 
@@ -295,7 +306,7 @@ class NatService:
             self._udp += [answerer, prober]
             answering.probe_ports[version] = prober
             udp, other_udp = udp or answerer.local[1], other_udp or prober.local[1]
-            gate = PreambleGate(self._mesh.peer_id, self._door.key_of)
+            gate = PreambleGate(self._mesh.peer_id + OTHER_PORT, self._door.key_of)
             listener = Listener(((host, other_tcp),), gate, self._door.enter)
             try:
                 listener.start()

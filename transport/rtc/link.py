@@ -125,6 +125,10 @@ class RtcLink:
             self._grant()
         return frame
 
+    def suspect(self) -> None:
+        """See `Link.suspect`."""
+        self.abort(LinkBroken("the peer has fallen silent"))
+
     def abort(self, error: TransportError) -> None:
         """See `Link.abort`."""
         self._received.clear()

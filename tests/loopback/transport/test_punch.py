@@ -19,11 +19,11 @@ import pytest
 
 from covey.transport.errors import LinkTimeout, TransportError
 from covey.transport.frame import Frame
-from covey.transport.handshake import Credentials, accept, announce, dial
+from covey.transport.handshake import Credentials, accept, announce, dial, hear_hello
 from covey.transport.identity import Identity
 from covey.transport.link import LinkKind
 from covey.transport.membership import Swarm
-from covey.transport.messages import Admitted, Beat
+from covey.transport.messages import Admitted, Beat, Hello
 from covey.transport.preamble import PREAMBLE_BYTES, RECEIPT_BYTES, PreambleGate
 from covey.transport.punch import (
     Connections,
@@ -129,16 +129,18 @@ async def check_one_link(dialled: socket.socket, accepted: socket.socket) -> Non
 
     async def admit() -> None:
         link = await accept(accepted, AT_B, is_allowed=lambda _: True, kind=LinkKind.PUNCHED)
+        await hear_hello(link)
         link.post(Frame(message=Admitted()))
         await link.send(await link.receive())
         await link.aclose()
 
     admitting = asyncio.create_task(admit())
-    link = await dial(
+    link, _ = await dial(
         dialled,
         CREDENTIALS,
         peer_id=B.peer_id,
         is_allowed=lambda _: True,
+        hello=Hello(link=bytes(16), is_new=True),
         kind=LinkKind.PUNCHED,
         is_announced=True,
     )
