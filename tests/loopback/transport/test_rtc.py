@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from aioice import stun
 
 from covey.transport.errors import (
     LinkBroken,
@@ -23,7 +24,7 @@ from covey.transport.errors import (
 )
 from covey.transport.frame import Frame
 from covey.transport.messages import Beat
-from covey.transport.rtc import open_rtc_link
+from covey.transport.rtc import open_rtc_link, opening
 from support.rtc import LOOPBACK, both_ends, loopback_candidates, rtc_pair, signals
 
 pytestmark = pytest.mark.network
@@ -121,11 +122,39 @@ async def test_an_opening_that_is_cancelled_leaves_nothing() -> None:
                 await link.aclose()  # type: ignore[attr-defined]
 
 
-async def test_a_silent_stun_server_costs_a_second_at_most() -> None:
+class StunServer(asyncio.DatagramProtocol):
+    """Says that everybody is at one address."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+
+    def datagram_received(self, data: bytes, source: tuple[str, int]) -> None:
+        request = stun.parse_message(data)
+        answer = stun.Message(stun.Method.BINDING, stun.Class.RESPONSE, request.transaction_id)
+        answer.attributes["XOR-MAPPED-ADDRESS"] = ("203.0.113.9", 999)
+        self.transport.sendto(bytes(answer), source)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("is_answered", [True, False])
+async def test_silent_stun_servers_cost_little_beside_one_that_answers(
+    monkeypatch: pytest.MonkeyPatch, is_answered: bool
+) -> None:
+    monkeypatch.setattr(opening, "GATHER_S", 1.0)
+    loop = asyncio.get_running_loop()
+    server, _ = await loop.create_datagram_endpoint(StunServer, local_addr=(LOOPBACK, 0))
+    said: list[str] = []
+
+    def listen(text: str) -> str:
+        said.append(text)
+        return text
+
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
         silent.bind((LOOPBACK, 0))
-        at_a, at_b = signals()
-        began = time.monotonic()
+        servers = [("::1", 9), silent.getsockname()]
+        if is_answered:
+            servers.append(server.get_extra_info("sockname"))
+        at_a, at_b = signals(listen)
+        began = loop.time()
         links = await asyncio.gather(
             *(
                 open_rtc_link(
@@ -133,14 +162,17 @@ async def test_a_silent_stun_server_costs_a_second_at_most() -> None:
                     is_dialer=is_dialer,
                     peer_id="x",
                     hosts=(LOOPBACK,),
-                    stun_servers=(("::1", 9), silent.getsockname()),
+                    stun_servers=servers,
                     deadline_s=5.0,
                 )
                 for signal, is_dialer in ((at_a, True), (at_b, False))
             )
         )
-        assert 0.9 < time.monotonic() - began < 3
+        took = loop.time() - began
         assert silent.recv(100)
+    assert ("203.0.113.9 999 typ srflx" in said[0]) is is_answered
+    assert took < 0.9 if is_answered else 0.9 < took < 3
+    server.close()
     await asyncio.gather(*(link.aclose() for link in links))
 
 
