@@ -34,6 +34,7 @@ class ErrorCode(StrEnum):
     FRAME_TOO_LARGE = "frame_too_large"
     UNSUPPORTED_VERSION = "unsupported_version"
     NOT_A_MEMBER = "not_a_member"
+    EPOCH_OVER = "epoch_over"  # the secret was good once: ask for the one of now
     INVITE_INVALID = "invite_invalid"
     UNKNOWN_MESSAGE = "unknown_message"
     UNKNOWN_LINK = "unknown_link"

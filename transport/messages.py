@@ -35,6 +35,7 @@ PrefixKey = Annotated[bytes, Meta(min_length=16, max_length=16)]
 CircuitId = Annotated[bytes, Meta(min_length=16, max_length=16)]
 CircuitKey = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Address = Annotated[str, Meta(min_length=3, max_length=256)]
+Statements = Annotated[list[Annotated[bytes, Meta(max_length=96 * 1024)]], Meta(max_length=600)]
 IpAddress = Annotated[str, Meta(min_length=2, max_length=45, pattern=r"\A[0-9a-fA-F:.]+\Z")]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 PortOrNone = Annotated[int, Meta(ge=0, le=65535)]
@@ -138,6 +139,29 @@ class Welcome(Message, tag="welcome", frozen=True, kw_only=True):
     members: Annotated[list[MemberEntry], Meta(max_length=256)]
 
 
+class MembershipNotice(Message, tag="notice", frozen=True, kw_only=True):
+    """Signed statements about membership, opaque here (`node/standing.py`).
+
+    The last frame to a member that was removed: whoever it is from, the signatures say why.
+    """
+
+    statements: Statements
+
+
+class SecretRequest(Message, tag="ask_secret", frozen=True, kw_only=True):
+    """Which secret has the swarm now? All that is heard on a link opened with an earlier one."""
+
+
+class SecretAnswer(Message, tag="secret", frozen=True, kw_only=True):
+    """Answer to a SecretRequest: what was signed, and the secret sealed to the asker's identity.
+
+    Without a copy, the statements say that the asker was removed.
+    """
+
+    statements: Statements
+    copy: Annotated[bytes, Meta(min_length=32, max_length=128)] | None
+
+
 # --- nat: how a member looks from outside --------------------------------------------------------
 
 
@@ -206,6 +230,55 @@ class ProbeSent(Message, tag="probe_sent", frozen=True, kw_only=True):
     """Answer to a SendProbe; not sent if the asker is over its rate, or there is no other port."""
 
     is_sent: bool
+
+
+# --- paths -------------------------------------------------------------------------------------
+
+
+class PathOffer(Message, tag="path_offer", frozen=True, kw_only=True):
+    """What the sender knows of its NAT, to find a better way; answered by PathAnswer."""
+
+    nat: NatCard
+
+
+class PathAnswer(Message, tag="path_answer", frozen=True, kw_only=True):
+    """What the other end knows of its own."""
+
+    nat: NatCard
+
+
+class PathTry(Message, tag="path_try", frozen=True, kw_only=True):
+    """What the receiver is asked to do, now; answered by PathReady when it begins.
+
+    `addresses` are where to dial, or the one address under which others see the sender's port.
+    """
+
+    attempt: Literal["dial", "punch", "birthday_easy", "birthday_hard", "webrtc"]
+    addresses: Annotated[list[Address], Meta(max_length=8)] = []
+
+
+class PathReady(Message, tag="path_ready", frozen=True, kw_only=True):
+    """It begins; `address` is the one under which others see the port it has opened for it."""
+
+    address: Address | None = None
+
+
+class HostRequest(Message, tag="host_request", frozen=True, kw_only=True):
+    """At which host do you see this peer? Asked before many packets go there."""
+
+    peer: PeerId
+
+
+class HostAnswer(Message, tag="host_answer", frozen=True, kw_only=True):
+    """At this one; none if there is no link to it, or it goes another way."""
+
+    host: IpAddress | None
+
+
+class PathText(Message, tag="path_text", frozen=True, kw_only=True):
+    """A description of a WebRTC transport, for the attempt under way."""
+
+    text: Annotated[str, Meta(max_length=16384)]
 
 
 # --- store -------------------------------------------------------------------------------------
@@ -334,12 +407,22 @@ AnyMessage = (
     | Goodbye
     | JoinRequest
     | Welcome
+    | MembershipNotice
+    | SecretRequest
+    | SecretAnswer
     | ViewRequest
     | View
     | DialBack
     | DialledBack
     | SendProbe
     | ProbeSent
+    | PathOffer
+    | PathAnswer
+    | PathTry
+    | PathReady
+    | PathText
+    | HostRequest
+    | HostAnswer
     | StoreSync
     | Beat
     | RelayOpen

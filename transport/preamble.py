@@ -21,6 +21,9 @@ from hashlib import sha256
 PREAMBLE_VERSION = 1
 STALE_AFTER_S = 60  # clocks of members may differ by this much
 MAX_REMEMBERED = 65_536  # nonces of honest dialers within two windows; 6 MB at worst
+# What was sent longer than this before a gate opened is refused: it may have passed in the gate's
+# life before, whose memory is gone. Shorter than a node takes to start again.
+BEFORE_OPENING_S = 5
 
 _LAYOUT = struct.Struct("!4sB16s16sQ")
 _MAGIC = b"covy"
@@ -54,15 +57,20 @@ class Verdict(StrEnum):
     UNKNOWN_KEY = "of another swarm, epoch or invite"
     FORGED = "wrong secret, or meant for another peer"
     STALE = "its clock differs from ours by more than a minute"
+    BEFORE_US = "from before this node started"
     REPLAYED = "seen before"
 
 
 class PreambleGate:
     """Judges preambles for one listener and remembers the good ones until they are stale."""
 
-    def __init__(self, peer_id: str, key_of: Callable[[bytes], bytes | None]) -> None:
+    def __init__(
+        self, peer_id: str, key_of: Callable[[bytes], bytes | None], *, opened_at: float
+    ) -> None:
+        """`opened_at` is the unix time from which on it remembers."""
         self._peer_id = peer_id
         self._key_of = key_of
+        self._opened_at = opened_at
         self._seen: OrderedDict[bytes, float] = OrderedDict()  # nonce -> unix time to forget it
 
     def judge(self, preamble: bytes, *, unix_time: float) -> tuple[Verdict, bytes]:
@@ -80,6 +88,8 @@ class PreambleGate:
             return Verdict.FORGED, key_id
         if abs(unix_time - sent_at) > STALE_AFTER_S:
             return Verdict.STALE, key_id
+        if sent_at < self._opened_at - BEFORE_OPENING_S:
+            return Verdict.BEFORE_US, key_id
         self._forget(unix_time)
         # A full memory refuses: forgetting a nonce early would let it be replayed.
         if nonce in self._seen or len(self._seen) >= MAX_REMEMBERED:
