@@ -50,34 +50,11 @@ class Credentials:
         return cls(token.id, token.preamble_key, contexts)
 
 
-async def dial(
-    connection: socket.socket,
-    credentials: Credentials,
-    *,
-    peer_id: str,
-    is_allowed: Callable[[str], bool],
-    hello: Hello | None = None,
-    kind: LinkKind = LinkKind.DIRECT,
-) -> tuple[StreamLink, Receipt]:
-    """The dialer's side, up to the other's admission; owns the socket from here.
-
-    Args:
-        connection: connected; nothing was sent on it yet.
-        credentials: of the swarm, or of an invite.
-        peer_id: whom to expect.
-        is_allowed: False for whoever was revoked.
-        hello: which link this is to carry; None for an invite's, which no other will.
-        kind: what the connection is.
-
-    Returns:
-        The carrier, and what the peer has of the link already.
+def announce(connection: socket.socket, credentials: Credentials, *, peer_id: str) -> bytes:
+    """Send a preamble for `peer_id` on a fresh socket; returns it.
 
     Raises:
-        LinkBroken: the listener hung up, as it does on a wrong secret, or TLS failed.
-        NotAMember: another identity answers.
-        RefusedByPeer: the listener knows us and will not have us.
-        LinkClosed: the listener has another link to us already.
-        LinkTimeout: it did not say.
+        LinkBroken: the listener hung up.
     """
     preamble = build_preamble(
         key_id=credentials.key_id,
@@ -89,8 +66,47 @@ async def dial(
     try:
         connection.send(preamble)  # a fresh socket has room for 77 bytes
     except OSError as error:
-        connection.close()
         raise LinkBroken("the listener hung up") from error
+    return preamble
+
+
+async def dial(
+    connection: socket.socket,
+    credentials: Credentials,
+    *,
+    peer_id: str,
+    is_allowed: Callable[[str], bool],
+    hello: Hello | None = None,
+    kind: LinkKind = LinkKind.DIRECT,
+    is_announced: bool = False,
+) -> tuple[StreamLink, Receipt]:
+    """The dialer's side, up to the other's admission; owns the socket from here.
+
+    Args:
+        connection: connected; nothing was sent on it yet, or only the preamble.
+        credentials: of the swarm, or of an invite.
+        peer_id: whom to expect.
+        is_allowed: False for whoever was revoked.
+        hello: which link this is to carry; None for an invite's, which no other will.
+        kind: what the connection is.
+        is_announced: whether the preamble was sent already, by `announce`.
+
+    Returns:
+        The carrier, and what the peer has of the link already.
+
+    Raises:
+        LinkBroken: the listener hung up, as it does on a wrong secret, or TLS failed.
+        NotAMember: another identity answers.
+        RefusedByPeer: the listener knows us and will not have us.
+        LinkClosed: the listener has another link to us already.
+        LinkTimeout: it did not say.
+    """
+    if not is_announced:
+        try:
+            announce(connection, credentials, peer_id=peer_id)
+        except LinkBroken:
+            connection.close()
+            raise
     link = await open_stream_link(
         connection,
         context=credentials.contexts.client,

@@ -32,6 +32,8 @@ TokenCount = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
 Microseconds = Annotated[int, Meta(ge=0, le=1 << 42)]
 ByteCount = Annotated[int, Meta(ge=0, le=1 << 48)]
 PrefixKey = Annotated[bytes, Meta(min_length=16, max_length=16)]
+CircuitId = Annotated[bytes, Meta(min_length=16, max_length=16)]
+CircuitKey = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Address = Annotated[str, Meta(min_length=3, max_length=256)]
 Statements = Annotated[list[Annotated[bytes, Meta(max_length=96 * 1024)]], Meta(max_length=600)]
 IpAddress = Annotated[str, Meta(min_length=2, max_length=45, pattern=r"\A[0-9a-fA-F:.]+\Z")]
@@ -245,6 +247,36 @@ class Beat(Message, tag="beat", frozen=True, kw_only=True):
     body: Annotated[bytes, Meta(max_length=4096)]
 
 
+# --- relay -------------------------------------------------------------------------------------
+
+
+class RelayOpen(Message, tag="relay-open", frozen=True, kw_only=True):
+    """Asks a member to carry bytes to `peer`, which must have a link to it; RelayOpened answers."""
+
+    peer: PeerId
+
+
+class RelayOpened(Message, tag="relay-opened", frozen=True, kw_only=True):
+    """A circuit waits: connect to the relay's port with a preamble of this id and key."""
+
+    circuit: CircuitId
+    key: CircuitKey
+
+
+class RelayOffer(Message, tag="relay-offer", frozen=True, kw_only=True):
+    """To the other end: `origin` wants to reach you over this circuit; connect likewise."""
+
+    circuit: CircuitId
+    key: CircuitKey
+    origin: PeerId
+
+
+class RelayDeclined(Message, tag="relay-declined", frozen=True, kw_only=True):
+    """The other end will not come: the origin need not wait."""
+
+    circuit: CircuitId
+
+
 # --- sessions ----------------------------------------------------------------------------------
 
 
@@ -337,6 +369,10 @@ AnyMessage = (
     | ProbeSent
     | StoreSync
     | Beat
+    | RelayOpen
+    | RelayOpened
+    | RelayOffer
+    | RelayDeclined
     | OpenSession
     | SessionOpened
     | Forward

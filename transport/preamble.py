@@ -27,8 +27,10 @@ BEFORE_OPENING_S = 5
 
 _LAYOUT = struct.Struct("!4sB16s16sQ")
 _MAGIC = b"covy"
+_RECEIPT = b"rcpt"  # no preamble begins so: the two seals are never of the same bytes
 NONCE_BYTES = 16
 PREAMBLE_BYTES = _LAYOUT.size + sha256().digest_size
+RECEIPT_BYTES = sha256().digest_size
 
 
 def build_preamble(
@@ -37,6 +39,14 @@ def build_preamble(
     """The `PREAMBLE_BYTES` bytes a dialer sends before TLS; `nonce` is used once."""
     body = _LAYOUT.pack(_MAGIC, PREAMBLE_VERSION, key_id, nonce, int(unix_time))
     return body + _seal(key, body, expected_peer_id)
+
+
+def build_receipt(preamble: bytes, *, key: bytes, peer_id: str) -> bytes:
+    """What a listener answers where the dialer must learn which of several sockets it chose.
+
+    Only a holder of the key can make it, and nobody else ever gets one.
+    """
+    return _seal(key, _RECEIPT + preamble, peer_id)
 
 
 class Verdict(StrEnum):
@@ -86,6 +96,11 @@ class PreambleGate:
             return Verdict.REPLAYED, key_id
         self._seen[nonce] = unix_time + 2 * STALE_AFTER_S
         return Verdict.GOOD, key_id
+
+    def receipt(self, preamble: bytes) -> bytes:
+        """See `build_receipt`; for a preamble that was judged good just now."""
+        _, _, key_id, _, _ = _LAYOUT.unpack(preamble[: _LAYOUT.size])
+        return build_receipt(preamble, key=self._key_of(key_id) or b"", peer_id=self._peer_id)
 
     def _forget(self, unix_time: float) -> None:
         while self._seen and next(iter(self._seen.values())) < unix_time:

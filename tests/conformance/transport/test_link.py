@@ -14,6 +14,8 @@ from covey.transport.identity import Identity
 from covey.transport.link import Link, LinkKind
 from covey.transport.memory import Conditions, memory_link_pair
 from covey.transport.messages import Beat, Forward, StageTrace
+from covey.transport.relay.splice import Splice, Toll
+from covey.transport.rtc import open_rtc_link
 from covey.transport.steady.link import SteadyLink
 from covey.transport.stream_link import open_stream_link
 from covey.transport.tls import authenticate, build_contexts
@@ -33,9 +35,25 @@ async def bad_memory_pair() -> Pair:
 
 
 async def direct_pair() -> Pair:
+    return await secured(*connected_sockets(), LinkKind.DIRECT)
+
+
+async def relayed_pair() -> Pair:
+    at_a, a_at_relay = connected_sockets()
+    b_at_relay, at_b = connected_sockets()
+    toll = Toll(rate=500e6, rate_per_payer=500e6)
+    Splice(a_at_relay, b_at_relay, toll=toll, payer=A.peer_id, on_end=toll.close)
+    return await secured(at_a, at_b, LinkKind.RELAYED)
+
+
+def connected_sockets() -> tuple[socket.socket, socket.socket]:
     with socket.create_server(("127.0.0.1", 0)) as server:
         dialled = socket.create_connection(server.getsockname())
         accepted, _ = server.accept()
+    return dialled, accepted
+
+
+async def secured(dialled: socket.socket, accepted: socket.socket, kind: LinkKind) -> Pair:
     at_a, at_b = await asyncio.gather(
         *(
             open_stream_link(
@@ -45,6 +63,7 @@ async def direct_pair() -> Pair:
                 authenticate=lambda tls: authenticate(
                     tls, expected=None, is_allowed=lambda _: True
                 ),
+                kind=kind,
                 handshake_s=5.0,
             )
             for connection, contexts, is_dialer in (
@@ -72,15 +91,49 @@ async def steady_direct_pair() -> Pair:
     return steady(await direct_pair())
 
 
+class QueueSignal:
+    """Carries descriptions between two ends in one process."""
+
+    def __init__(self, out: asyncio.Queue[str], back: asyncio.Queue[str]) -> None:
+        self._out, self._back = out, back
+
+    async def send(self, text: str) -> None:
+        self._out.put_nowait(text)
+
+    async def receive(self) -> str:
+        return await self._back.get()
+
+
+async def webrtc_pair() -> Pair:
+    one: asyncio.Queue[str] = asyncio.Queue()
+    other: asyncio.Queue[str] = asyncio.Queue()
+    with pytest.MonkeyPatch.context() as patch:
+        # aioice leaves the loopback interface out.
+        patch.setattr("aioice.ice.get_host_addresses", lambda **_: ["127.0.0.1"])
+        at_a, at_b = await asyncio.gather(
+            *(
+                open_rtc_link(
+                    signal, is_dialer=is_dialer, peer_id=peer, hosts=("127.0.0.1",), deadline_s=5.0
+                )
+                for signal, is_dialer, peer in (
+                    (QueueSignal(one, other), True, B.peer_id),
+                    (QueueSignal(other, one), False, A.peer_id),
+                )
+            )
+        )
+    return at_a, at_b
+
+
 @pytest.fixture(
     params=[
-        memory_pair,
-        bad_memory_pair,
-        pytest.param(direct_pair, marks=pytest.mark.network),
-        steady_memory_pair,
-        pytest.param(steady_direct_pair, marks=pytest.mark.network),
+        pytest.param(memory_pair, id="memory"),
+        pytest.param(bad_memory_pair, id="bad_memory"),
+        pytest.param(direct_pair, id="direct", marks=pytest.mark.network),
+        pytest.param(relayed_pair, id="relayed", marks=pytest.mark.network),
+        pytest.param(webrtc_pair, id="webrtc", marks=pytest.mark.network),
+        pytest.param(steady_memory_pair, id="steady_memory"),
+        pytest.param(steady_direct_pair, id="steady_direct", marks=pytest.mark.network),
     ],
-    ids=["memory", "bad_memory", "direct", "steady_memory", "steady_direct"],
 )
 async def pair(request: pytest.FixtureRequest) -> AsyncIterator[Pair]:
     links = await request.param()

@@ -10,10 +10,12 @@ from covey.transport.preamble import (
     BEFORE_OPENING_S,
     NONCE_BYTES,
     PREAMBLE_BYTES,
+    RECEIPT_BYTES,
     STALE_AFTER_S,
     PreambleGate,
     Verdict,
     build_preamble,
+    build_receipt,
 )
 
 KEY_ID, KEY, PEER = b"k" * 16, b"s" * 32, "12D3KooWpeer"
@@ -93,3 +95,16 @@ def test_what_passed_before_a_restart_does_not_pass_after_it(down_s: float) -> N
 
 def test_a_member_whose_clock_is_a_little_behind_gets_in_at_once() -> None:
     assert gate(opened_at=NOW + 4.0).judge(build(), unix_time=NOW + 4.0)[0] is Verdict.GOOD
+
+
+@given(nonces, nonces)
+def test_a_receipt_is_for_one_preamble_and_needs_the_key(nonce: bytes, other: bytes) -> None:
+    door, hello = gate(), build(nonce)
+    door.judge(hello, unix_time=NOW)
+    receipt = door.receipt(hello)
+    assert len(receipt) == RECEIPT_BYTES
+    assert receipt == build_receipt(hello, key=KEY, peer_id=PEER)
+    assert receipt not in hello
+    assert receipt != build_receipt(hello, key=b"x" * 32, peer_id=PEER)
+    assert receipt != build_receipt(hello, key=KEY, peer_id=PEER + "2")
+    assert (receipt == door.receipt(build(other))) == (nonce == other)
