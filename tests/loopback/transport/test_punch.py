@@ -46,7 +46,7 @@ AT_B = Credentials.of_swarm(SWARM, B)
 
 def gate() -> PreambleGate:
     """B's."""
-    return PreambleGate(B.peer_id, {SWARM.key_id: SWARM.preamble_key}.get)
+    return PreambleGate(B.peer_id, {SWARM.key_id: SWARM.preamble_key}.get, opened_at=0.0)
 
 
 def soon(seconds: float) -> float:
