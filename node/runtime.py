@@ -225,10 +225,10 @@ class Node:
         """See `Service.members_facts`."""
         return member_facts(self)
 
-    def remove_member(self, member: str) -> dict[str, Any]:
+    def remove_member(self, member: str, *, with_invited: bool) -> dict[str, Any]:
         """See `Service.remove_member`."""
-        revocation = self.epochs.remove(member)
-        return {"removed": {"peer_id": revocation.member, "name": revocation.name}}
+        removals = self.epochs.remove(member, with_invited=with_invited)
+        return {"removed": [{"peer_id": said.member, "name": said.name} for said in removals]}
 
     def allow_member(self, member: str) -> dict[str, Any]:
         """See `Service.allow_member`."""
