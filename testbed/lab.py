@@ -307,7 +307,7 @@ class Lab:
             lines.append(f"route replace default via {network.gateways[0]}")
         if addresses.v6:
             lines.append(f"addr add {addresses.v6}/{network.v6.prefixlen} dev {interface} nodad")
-            lines.append(f"-6 route replace default via {network.gateways[1]}")
+            lines.append(f"route replace default via {network.gateways[1]}")
         return lines
 
 
