@@ -1,7 +1,4 @@
-"""Hosts behind all kinds of NAT find out about it: `python -m support.nat_lab`, in the testbed.
-
-Prints one JSON object: what each host said. The last part moves a host to another network.
-"""
+"""Hosts behind all kinds of NAT in the testbed, and what each of them finds out."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from testbed import namespaces
 from testbed.lab import Lab
 from testbed.nat import TABLE, Nat, NatKind
 from testbed.topology import Family, Host, Router, Topology
@@ -31,7 +27,11 @@ NATS = {
 }
 
 
+Said = dict[str, dict[str, Any]]
+
+
 def topology() -> Topology:
+    """A home for each kind of NAT and some more, and two members with public addresses."""
     routers = [Router(name=f"r-{name}", nat=nat) for name, nat in NATS.items()]
     hosts = [Host(name=name, at=f"r-{name}") for name in NATS]
     port_restricted = Nat(NatKind.PORT_RESTRICTED)
@@ -100,7 +100,8 @@ def end(process: subprocess.Popen[bytes]) -> None:
     process.wait(timeout=20)
 
 
-def run(lab: Lab) -> dict[str, Any]:
+def run(lab: Lab) -> Said:
+    """What each host said; one is moved to another network at the end."""
     nodes = Nodes(lab)
     nodes.start_observer("first")
     nodes.start_observer("second")
@@ -122,11 +123,3 @@ def run(lab: Lab) -> dict[str, Any]:
     said["after the walk"] = told(walker)
     end(walker)
     return said
-
-
-if __name__ == "__main__":
-    if not namespaces.is_inside():
-        sys.exit(namespaces.enter("support.nat_lab", sys.argv[1:]))
-    namespaces.prepare()
-    with Lab(topology()) as built:
-        print(json.dumps(run(built)))  # noqa: T201 - what it is for
