@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from covey.transport.membership import Swarm
 
 NODE = Path(__file__).with_name("nat_node.py")
 PORT = 4000
+N_AT_ONCE = 4
 NATS = {
     "cone": Nat(NatKind.FULL_CONE),
     "conu": Nat(NatKind.FULL_CONE, cone_for_tcp=False),
@@ -58,6 +60,7 @@ class Nodes:
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
         self.swarm = Swarm.create(Identity.generate().peer_id).to_dict()
+        self.observers: list[subprocess.Popen[bytes]] = []
         self.peers: list[tuple[str, str]] = []
         self.peers_v6: list[tuple[str, str]] = []
 
@@ -73,7 +76,9 @@ class Nodes:
         )
 
     def start_observer(self, name: str) -> None:
-        said = told(self.start(name, listen=["0.0.0.0", "::"]))  # noqa: S104
+        process = self.start(name, listen=["0.0.0.0", "::"])  # noqa: S104
+        self.observers.append(process)
+        said = told(process)
         self.peers.append((said["id"], f"{self.lab.address(name)}:{PORT}"))
         self.peers_v6.append((said["id"], f"[{self.lab.address(name, v6=True)}]:{PORT}"))
 
@@ -95,9 +100,7 @@ def told(process: subprocess.Popen[bytes]) -> dict[str, Any]:
 
 def end(process: subprocess.Popen[bytes]) -> None:
     """Let a node end by itself."""
-    if process.stdin is not None:
-        process.stdin.close()
-    process.wait(timeout=20)
+    process.communicate(timeout=20)
 
 
 def run(lab: Lab) -> Said:
@@ -105,7 +108,9 @@ def run(lab: Lab) -> Said:
     nodes = Nodes(lab)
     nodes.start_observer("first")
     nodes.start_observer("second")
-    said = {name: nodes.ask(name) for name in ("open", *NATS)}
+    with ThreadPoolExecutor(N_AT_ONCE) as pool:  # they mostly wait
+        names = ("open", *NATS)
+        said = dict(zip(names, pool.map(nodes.ask, names), strict=True))
     said |= {f"{name}, one observer": nodes.ask(name, n_peers=1) for name in ("sym", "port")}
     said["upnp"] = nodes.ask("upnp", maps_ports=True)
     said["upnp again"] = nodes.ask("upnp", maps_ports=False)  # it was given back
@@ -121,5 +126,6 @@ def run(lab: Lab) -> Said:
     lab.move("port", "r-sym")
     said["on the way"] = told(walker)
     said["after the walk"] = told(walker)
-    end(walker)
+    for process in (walker, *nodes.observers):
+        end(process)
     return said
