@@ -75,8 +75,8 @@ class Nodes:
             stdout=subprocess.PIPE,
         )
 
-    def start_observer(self, name: str) -> None:
-        process = self.start(name, listen=["0.0.0.0", "::"])  # noqa: S104
+    def start_observer(self, name: str, **more: Any) -> None:
+        process = self.start(name, listen=["0.0.0.0", "::"], **more)  # noqa: S104
         self.observers.append(process)
         said = told(process)
         self.peers.append((said["id"], f"{self.lab.address(name)}:{PORT}"))
@@ -107,13 +107,17 @@ def run(lab: Lab) -> Said:
     """What each host said; one is moved to another network at the end."""
     nodes = Nodes(lab)
     nodes.start_observer("first")
-    nodes.start_observer("second")
+    nodes.start_observer("second", peers=nodes.peers)
+    dialled = told(nodes.observers[0])
+    while not dialled["facts"]["n_observers"]:
+        dialled = told(nodes.observers[0])
     with ThreadPoolExecutor(N_AT_ONCE) as pool:  # they mostly wait
         names = ("open", *NATS)
         said = dict(zip(names, pool.map(nodes.ask, names), strict=True))
     said |= {f"{name}, one observer": nodes.ask(name, n_peers=1) for name in ("sym", "port")}
     said["upnp"] = nodes.ask("upnp", maps_ports=True)
     said["upnp again"] = nodes.ask("upnp", maps_ports=False)  # it was given back
+    said["first, dialled by second"] = dialled
     # The same router without NAT-PMP.
     rule = ("add", "rule", "inet", TABLE, "delivering", "udp", "dport", "5351", "drop")
     lab.machines["r-upnp"].run("nft", *rule)

@@ -44,6 +44,12 @@ def test_two_members_name_the_nat(said: Said, host: str, udp: str, tcp: str) -> 
     assert len(facts["public_hosts"]) == 1
 
 
+def test_a_public_member_that_dialled_us_can_judge_as_well(said: Said) -> None:
+    facts = said["first, dialled by second"]["facts"]
+    assert (facts["n_observers"], facts["is_reachable"]) == (1, True)
+    assert facts["udp"] == facts["tcp"] == "address_restricted"  # what one alone can tell
+
+
 @pytest.mark.parametrize("host", ["upnp", "upnp only"])
 def test_a_router_opens_the_port_and_it_is_reached(said: Said, host: str) -> None:
     facts = said[host]["facts"]
