@@ -12,6 +12,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 from covey.store.views import Views
 from covey.transport.control import ControlPlane
@@ -44,7 +45,9 @@ class Discovery:
         bootstrap: Iterable[str],
         is_allowed: Callable[[str], bool],
         rng: random.Random,
+        on_failed: Callable[[str, TransportError], None],
     ) -> None:
+        """`on_failed(peer_id, error)` is called when a member could not be dialled."""
         self._control = control
         self._mesh = mesh
         self._views = views
@@ -53,9 +56,11 @@ class Discovery:
         self._bootstrap = set(bootstrap)
         self._is_allowed = is_allowed
         self._rng = rng
+        self._on_failed = on_failed
         self._tasks = Tasks()
         self._known: set[str] = set()
         self._hurry = asyncio.Event()
+        self._announce = asyncio.Event()
         self.n_found_by_dht = 0
         control.on_discovered(self._found_on_lan)
 
@@ -70,6 +75,17 @@ class Discovery:
         """Stop what is under way."""
         await self._tasks.aclose()
 
+    def use_control(self, control: ControlPlane) -> None:
+        """Go on with another control plane, which has been started."""
+        self._control = control
+        control.on_discovered(self._found_on_lan)
+        self._announce.set()
+        self.hurry()
+
+    def forget(self, peer_id: str) -> None:
+        """Do not dial a member that was removed any more."""
+        self._known.discard(peer_id)
+
     def hurry(self) -> None:
         """Search again soon: a member came or went."""
         self._hurry.set()
@@ -83,7 +99,10 @@ class Discovery:
             except ControlError as error:
                 logger.warning("not announced in the DHT: %s", error)
                 delay_s = 10.0
-            await asyncio.sleep(delay_s)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(delay_s):
+                    await self._announce.wait()
+            self._announce.clear()
 
     async def _search_for_ever(self) -> None:
         attempt = 0
@@ -121,6 +140,7 @@ class Discovery:
             await self._mesh.peer(peer_id)
         except TransportError as error:
             logger.debug("not reached: %s", error, extra={"peer": peer_id[-8:]})
+            self._on_failed(peer_id, error)
 
     def _learn(self, record: PeerRecord) -> None:
         if not self._is_allowed(record.peer_id):

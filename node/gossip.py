@@ -64,8 +64,12 @@ class Gossip:
         awareness: Awareness,
         clock: Callable[[], float],
         rng: random.Random,
+        *,
+        state: Callable[[], Mapping[str, object]] = dict,
     ) -> None:
+        """`state()` is what our beats say of us, up to 1 KiB of JSON."""
         self._mesh = mesh
+        self._state = state
         self._switch = switch
         self._replica = replica
         self._awareness = awareness
@@ -113,7 +117,7 @@ class Gossip:
         while True:
             now = self._clock()
             self._awareness.expire(now)
-            self._spread(Beat(body=self._awareness.beat(now, {})), skip=None)
+            self._spread(Beat(body=self._awareness.beat(now, self._state())), skip=None)
             if now >= next_hello_at and self._neighbours:
                 self._say_hello(self._rng.choice(sorted(self._neighbours)))
                 next_hello_at = now + HELLO_S

@@ -175,6 +175,10 @@ class Lab:
         """What a member's cable does now; None for a plain one."""
         return self._cables[name].link
 
+    def interface(self, name: str) -> str:
+        """What a member's own end of its cable is called."""
+        return self._cables[name].near.interface
+
     def port(self, name: str) -> End:
         """Where a member's cable is plugged into its network's bridge."""
         return self._cables[name].far
@@ -307,7 +311,7 @@ class Lab:
             lines.append(f"route replace default via {network.gateways[0]}")
         if addresses.v6:
             lines.append(f"addr add {addresses.v6}/{network.v6.prefixlen} dev {interface} nodad")
-            lines.append(f"route replace default via {network.gateways[1]}")
+            lines.append(f"route replace ::/0 via {network.gateways[1]}")
         return lines
 
 

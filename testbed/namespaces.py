@@ -128,9 +128,17 @@ class Namespace:
             return socket.socket(family, kind)
 
     def set(self, setting: str, value: int) -> None:
-        """Write one of the kernel's settings that each namespace has of its own, as sysctl does."""
-        with self.entered():
-            Path("/proc/sys", *setting.split(".")).write_text(f"{value}\n")
+        """Write one of the kernel's settings that each namespace has of its own, as sysctl does.
+
+        Raises:
+            LabUnavailable: this kernel does not have it.
+        """
+        path = Path("/proc/sys", *setting.split("."))
+        try:
+            with self.entered():
+                path.write_text(f"{value}\n")
+        except OSError as error:
+            raise LabUnavailable(f"{setting} cannot be set: {error.strerror}") from error
 
 
 def create(names: Iterable[str]) -> dict[str, Namespace]:
@@ -139,6 +147,8 @@ def create(names: Iterable[str]) -> dict[str, Namespace]:
     run("ip", "-batch", "-", stdin="\n".join(f"netns add {name}" for name in made))
     for namespace in made.values():
         namespace.ip("link set lo up")
+        # Nobody else has a new address here; to make sure would take the first second of IPv6.
+        namespace.set("net.ipv6.conf.default.accept_dad", 0)
     return made
 
 

@@ -56,6 +56,12 @@ class Liveness:
         """Bytes came, of whatever kind."""
         self._heard_at = now
 
+    def moved(self, *, now: float) -> None:
+        """The link goes another way from now on: its times are to be measured anew."""
+        self.srtt_s, self._rttvar_s = None, 0.0
+        self._heard_at = now
+        self._pinged_at = now - self.rules.idle_ping_s  # ask at once
+
     def used(self, *, now: float) -> None:
         """A frame that was no heartbeat went either way."""
         self._used_at = now

@@ -15,7 +15,7 @@ from msgspec import Meta, Struct
 
 from .errors import ErrorCode
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 MAX_STAGES = 64
 MAX_BLOCKS = 1024
@@ -27,11 +27,15 @@ SessionId = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"\A[0-9A-Z
 Digest = Annotated[str, Meta(min_length=64, max_length=64, pattern=r"\A[0-9a-f]+\Z")]
 StageIdx = Annotated[int, Meta(ge=0, le=MAX_STAGES)]
 BlockIdx = Annotated[int, Meta(ge=0, le=MAX_BLOCKS)]
+FrameNumber = Annotated[int, Meta(ge=0, le=1 << 53)]
 TokenCount = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
 Microseconds = Annotated[int, Meta(ge=0, le=1 << 42)]
 ByteCount = Annotated[int, Meta(ge=0, le=1 << 48)]
 PrefixKey = Annotated[bytes, Meta(min_length=16, max_length=16)]
+CircuitId = Annotated[bytes, Meta(min_length=16, max_length=16)]
+CircuitKey = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Address = Annotated[str, Meta(min_length=3, max_length=256)]
+Statements = Annotated[list[Annotated[bytes, Meta(max_length=96 * 1024)]], Meta(max_length=600)]
 IpAddress = Annotated[str, Meta(min_length=2, max_length=45, pattern=r"\A[0-9a-fA-F:.]+\Z")]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 PortOrNone = Annotated[int, Meta(ge=0, le=65535)]
@@ -65,12 +69,37 @@ class Pong(Message, tag="pong", frozen=True, kw_only=True):
     """Answer to a Ping; carries no tensor."""
 
 
+class Receipt(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Which frames of a link have arrived: all numbers up to one, and some beyond it."""
+
+    upto: FrameNumber = 0
+    beyond: Annotated[list[FrameNumber], Meta(max_length=4096)] = []
+
+
+class Hello(Message, tag="hello", frozen=True, kw_only=True):
+    """First frame of the dialer: a new link, or a new carrier for one that the two have.
+
+    `link` is drawn at random by whoever began the link; `received` is what the dialer has of it.
+    """
+
+    link: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    is_new: bool
+    received: Receipt = Receipt()
+
+
 class Admitted(Message, tag="admitted", frozen=True, kw_only=True):
     """First frame of the side that was dialled: the dialer is let in.
 
     Needed because in TLS 1.3 the dialer's handshake is over before its certificate was judged. A
-    Failure in its place says why not; a link that closes instead was one too many.
+    Failure in its place says why not; a link that closes instead was one too many. `received` is
+    what this side has of a link that goes on.
     """
+
+    received: Receipt = Receipt()
+
+
+class Ack(Message, tag="ack", frozen=True, kw_only=True):
+    """Says nothing; its frame's `ack` does, or its number, in place of a frame taken back."""
 
 
 class Failure(Message, tag="failure", frozen=True, kw_only=True):
@@ -108,6 +137,29 @@ class Welcome(Message, tag="welcome", frozen=True, kw_only=True):
     secret: Annotated[bytes, Meta(min_length=32, max_length=32)]
     founder: PeerId
     members: Annotated[list[MemberEntry], Meta(max_length=256)]
+
+
+class MembershipNotice(Message, tag="notice", frozen=True, kw_only=True):
+    """Signed statements about membership, opaque here (`node/standing.py`).
+
+    The last frame to a member that was removed: whoever it is from, the signatures say why.
+    """
+
+    statements: Statements
+
+
+class SecretRequest(Message, tag="ask_secret", frozen=True, kw_only=True):
+    """Which secret has the swarm now? All that is heard on a link opened with an earlier one."""
+
+
+class SecretAnswer(Message, tag="secret", frozen=True, kw_only=True):
+    """Answer to a SecretRequest: what was signed, and the secret sealed to the asker's identity.
+
+    Without a copy, the statements say that the asker was removed.
+    """
+
+    statements: Statements
+    copy: Annotated[bytes, Meta(min_length=32, max_length=128)] | None
 
 
 # --- nat: how a member looks from outside --------------------------------------------------------
@@ -195,6 +247,36 @@ class Beat(Message, tag="beat", frozen=True, kw_only=True):
     body: Annotated[bytes, Meta(max_length=4096)]
 
 
+# --- relay -------------------------------------------------------------------------------------
+
+
+class RelayOpen(Message, tag="relay-open", frozen=True, kw_only=True):
+    """Asks a member to carry bytes to `peer`, which must have a link to it; RelayOpened answers."""
+
+    peer: PeerId
+
+
+class RelayOpened(Message, tag="relay-opened", frozen=True, kw_only=True):
+    """A circuit waits: connect to the relay's port with a preamble of this id and key."""
+
+    circuit: CircuitId
+    key: CircuitKey
+
+
+class RelayOffer(Message, tag="relay-offer", frozen=True, kw_only=True):
+    """To the other end: `origin` wants to reach you over this circuit; connect likewise."""
+
+    circuit: CircuitId
+    key: CircuitKey
+    origin: PeerId
+
+
+class RelayDeclined(Message, tag="relay-declined", frozen=True, kw_only=True):
+    """The other end will not come: the origin need not wait."""
+
+    circuit: CircuitId
+
+
 # --- sessions ----------------------------------------------------------------------------------
 
 
@@ -269,11 +351,16 @@ class SessionFailed(Message, tag="failed", frozen=True, kw_only=True):
 AnyMessage = (
     Ping
     | Pong
+    | Hello
     | Admitted
+    | Ack
     | Failure
     | Goodbye
     | JoinRequest
     | Welcome
+    | MembershipNotice
+    | SecretRequest
+    | SecretAnswer
     | ViewRequest
     | View
     | DialBack
@@ -282,6 +369,10 @@ AnyMessage = (
     | ProbeSent
     | StoreSync
     | Beat
+    | RelayOpen
+    | RelayOpened
+    | RelayOffer
+    | RelayDeclined
     | OpenSession
     | SessionOpened
     | Forward

@@ -40,7 +40,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     report = pytest.TestReport(
         item.nodeid,
         item.location,
-        {name: 1 for name in item.keywords},
+        dict.fromkeys(item.keywords, 1),
         ended["outcome"],  # type: ignore[arg-type]
         (str(item.path), 0, ended["said"]) if is_skipped else ended["said"] or None,
         "setup" if is_skipped else "call",

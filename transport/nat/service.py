@@ -310,7 +310,9 @@ class NatService:
             self._udp += [answerer, prober]
             answering.probe_ports[version] = prober
             udp, other_udp = udp or answerer.local[1], other_udp or prober.local[1]
-            gate = PreambleGate(self._mesh.peer_id + OTHER_PORT, self._door.key_of)
+            gate = PreambleGate(
+                self._mesh.peer_id + OTHER_PORT, self._door.key_of, opened_at=time.time()
+            )
             listener = Listener(((host, other_tcp),), gate, self._door.enter)
             try:
                 listener.start()
