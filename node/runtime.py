@@ -22,7 +22,7 @@ from covey.store.replica import Replica
 from covey.store.schema import MemberCard, Ready
 from covey.store.views import Views
 from covey.transport.control import ControlPlane
-from covey.transport.errors import TransportError
+from covey.transport.errors import LinkClosed, PeerLeft, TransportError
 from covey.transport.identity import Identity, verify
 from covey.transport.mesh import Mesh
 from covey.transport.messages import Forward, JoinRequest, Welcome
@@ -36,7 +36,7 @@ from .engines import Engines
 from .errors import NotReady
 from .facts import status_facts
 from .generation import Generator
-from .gossip import AWARENESS_TTL_S, Gossip
+from .gossip import Gossip
 from .home import Home
 from .membership import Membership, enter, entry_of, load_invites, make_welcome, save_invites
 from .pipeline import Pipelines
@@ -87,7 +87,6 @@ class Node:
             sign=identity.sign,
             verify=verify,
             is_member=self._is_allowed,
-            ttl_s=AWARENESS_TTL_S,
             started_ms=int(self.started_at * 1000),
         )
         clock = asyncio.get_running_loop().time
@@ -108,7 +107,15 @@ class Node:
             welcome=self._welcome,
         )
         rng = random.Random(secrets.randbits(64))  # noqa: S311  spreads load, guards nothing
-        self.gossip = Gossip(self.mesh, self.switch, self.replica, self.awareness, clock, rng)
+        self.gossip = Gossip(
+            self.mesh,
+            self.switch,
+            self.replica,
+            self.awareness,
+            clock,
+            rng,
+            watched=self._plan_partners,
+        )
         self.control = ControlPlane(
             private_key=identity.seed,
             psk=self.swarm.libp2p_psk,
@@ -120,10 +127,12 @@ class Node:
             control=self.control,
             mesh=self.mesh,
             views=self.views,
+            home=home,
             swarm=self.swarm.id,
             own_peer_id=self.peer_id,
             bootstrap=[a for member in entry.known for a in member.control_addresses],
             is_allowed=self._is_allowed,
+            live=self.live_peers,
             rng=rng,
         )
         self.planning = Planning(self)
@@ -273,6 +282,11 @@ class Node:
         """Members heard of lately, ourselves included."""
         return frozenset({self.peer_id, *self.awareness.live(self.clock())})
 
+    def _plan_partners(self) -> set[str]:
+        """Those who hold another stage of a plan that we hold a stage of."""
+        plans = [stage.route.plan for stage in self.server.stages.values()]
+        return {peer for plan in plans for peer in plan.peers} - {self.peer_id}
+
     def _is_allowed(self, peer_id: str) -> bool:
         """Every holder of the secret is; removal comes with its own issue and asks here."""
         return bool(peer_id)
@@ -284,7 +298,9 @@ class Node:
 
     def _link_down(self, peer_id: str, error: TransportError) -> None:
         logger.info("link down: %s", error, extra={"peer": peer_id[-8:]})
-        self.gossip.link_down(peer_id)
+        self.gossip.link_down(
+            peer_id, is_failure=not isinstance(error, LinkClosed | PeerLeft)
+        )
         self.server.peer_lost(peer_id)
         self.pipelines.peer_lost(peer_id)
         self.planning.wake()

@@ -43,12 +43,14 @@ from multiaddr import Multiaddr
 from .control_records import (
     ControlError,
     PeerRecord,
+    RecordRejected,
     RecordRule,
     record_key,
 )
 from .control_swarm import (
     DIAL_DEADLINE_S,
     FAILURES,
+    MAX_DIALS,
     BoundedHost,
     BoundedSwarm,
     connection_config,
@@ -65,6 +67,10 @@ ADDRESS_TTL_S = 24 * 3600  # libp2p's own 120 s forgets how to dial a peer that 
 MAX_ANSWER_BYTES = 256 * 1024
 MAX_CANDIDATES = 256
 N_NEAR = 3  # peers asked for a record before a full lookup
+ENOUGH_S = 0.3  # after the first good answer, for better ones
+N_HOLDERS = 8  # peers that hold a record; libp2p's 20 cost more than they are worth in our sizes
+PROVIDER_TTL_S = 2 * 3600  # libp2p's own 48 h would have everybody look for the dead for two days
+TIDY_S = 60.0
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +104,7 @@ async def open_node(settings: NodeSettings) -> AsyncIterator[ControlNode]:
         node.host.get_addrs()  # fills `node.addresses`, now that the ports are known
         # It dials known peers at random, up to a hundred of them, every 30 s. Covey decides that.
         await node.swarm.auto_connector.stop()
+        node.swarm.manager.run_daemon_task(node.swarm.close_idle)
         async with background_trio_service(node.dht):
             try:
                 yield node
@@ -139,7 +146,7 @@ class ControlNode:
             addrs_factory=self._advertise,
             disable_identify_address_discovery=True,  # a member could plant false ones
         )
-        self.dht = KadDHT(
+        self.dht = QuietDht(
             self.host,
             DHTMode.SERVER,
             validator=NamespacedValidator(
@@ -149,6 +156,21 @@ class ControlNode:
             strict_validation=True,  # else keys of other namespaces are stored unchecked
             max_peers_per_subnet=0,  # several members behind one router are the rule here
         )
+
+        self.dht.rule = self._rule
+        self.host.on_identified = self.dht.add_peer
+
+    async def set_serving(self, *, is_serving: bool) -> None:
+        """Answer questions of the DHT from now on, or not; `KadDHT.switch_mode` forgets all."""
+        await trio.lowlevel.checkpoint()
+        if is_serving == (self.dht.mode is DHTMode.SERVER):
+            return
+        if is_serving:
+            self.dht.mode = DHTMode.SERVER
+            self.host.set_stream_handler(PROTOCOL_ID, self.dht.handle_stream)
+        else:
+            self.dht.mode = DHTMode.CLIENT
+            self.host.remove_stream_handler(PROTOCOL_ID)
 
     async def bootstrap(self, addresses: Sequence[str]) -> int:
         """Dial the peers behind `addresses` at once; the number of them that are connected now.
@@ -173,7 +195,7 @@ class ControlNode:
             self.swarm.forget_failure(peer)
             try:
                 await self.swarm.dial_peer(peer)
-                await self.dht.add_peer(peer, skip_server_mode_check=True)
+                await self.dht.routing_table.add_peer(peer, skip_server_mode_check=True)
                 joined.append(peer)
             except FAILURES as error:
                 logger.debug("bootstrap in vain", extra={"peer": str(peer)[-8:], "error": error})
@@ -198,16 +220,29 @@ class ControlNode:
         best = self._rule.best(key, [*held, value])
         if best is None or best[0] != len(held):
             raise ControlError("a newer record of this node is published: use a higher sequence")
-        await self.dht.put_value(key, value)
-        await self.dht.provider_store.provide(self._rendezvous)
+        self.dht.value_store.put(key.encode(), value)
+        put = Message(type=Message.MessageType.PUT_VALUE, key=key.encode())
+        put.record.key, put.record.value = key.encode(), value
+        await self._tell_closest(key.encode(), put)
+        provide = Message(type=Message.MessageType.ADD_PROVIDER, key=self._rendezvous)
+        own = [address.to_bytes() for address in self.host.get_addrs()[:MAX_DIALS]]
+        provide.providerPeers.add(id=self.own_id.to_bytes(), addrs=own)
+        await self._tell_closest(self._rendezvous, provide)
 
     async def lookup(self, peer_id: str) -> PeerRecord | None:
-        """The newest record of a peer that the members closest to its key know."""
-        key = record_key(self._rule.swarm, peer_id)
-        return await self._fetch(key, await self._closest(key.encode()))
+        """The newest record of a peer that the members closest to its key know.
 
-    async def discover(self) -> list[PeerRecord]:
-        """The records of all members that can be found, without our own.
+        Those that we know to be near are asked first: when they are not the closest of all, one
+        of them is among the holders all the same.
+        """
+        key = record_key(self._rule.swarm, peer_id)
+        near = self.dht.routing_table.find_local_closest_peers(key.encode(), N_NEAR)
+        return await self._fetch(key, near) or await self._fetch(
+            key, await self._closest(key.encode())
+        )
+
+    async def discover(self, known: frozenset[str]) -> list[PeerRecord]:
+        """The records of all members that can be found, without our own and those of `known`.
 
         Candidates are the providers of the rendezvous key, of which a peer remembers 20, and
         everyone in the routing table: the pre-shared key lets nobody else into that.
@@ -224,7 +259,7 @@ class ControlNode:
         with trio.move_on_after(PHASE_DEADLINE_S):
             await each(closest, collect)
         found.update(self.dht.routing_table.get_peer_ids(), self.host.get_connected_peers())
-        found.discard(self.own_id)
+        found = {peer for peer in found if str(peer) not in known and peer != self.own_id}
         records: dict[str, PeerRecord] = {}
 
         async def fetch(peer: Any) -> None:
@@ -242,11 +277,11 @@ class ControlNode:
             await each(sorted(found, key=ID.to_bytes)[:MAX_CANDIDATES], fetch)
         return [records[peer_id] for peer_id in sorted(records)]
 
-    async def _closest(self, key: bytes) -> list[Any]:
+    async def _closest(self, key: bytes, n_wanted: int = BUCKET_SIZE) -> list[Any]:
         """Up to 20 peers, those closest to `key` first."""
-        closest = self.dht.routing_table.find_local_closest_peers(key, BUCKET_SIZE)
+        closest = self.dht.routing_table.find_local_closest_peers(key, n_wanted)
         with trio.move_on_after(PHASE_DEADLINE_S):
-            closest = await self.dht.peer_routing.find_closest_peers_network(key, BUCKET_SIZE)
+            closest = await self.dht.peer_routing.find_closest_peers_network(key, n_wanted)
         return list(closest)
 
     def _near(self, key: str, owner: Any) -> list[Any]:
@@ -268,11 +303,23 @@ class ControlNode:
             answer = await self._ask(peer, request)
             if answer is not None and answer.HasField("record"):
                 values.append(answer.record.value)
+                if self._rule.best(key, values[-1:]):
+                    scope.deadline = min(scope.deadline, trio.current_time() + ENOUGH_S)
 
-        with trio.move_on_after(PHASE_DEADLINE_S):
+        with trio.move_on_after(PHASE_DEADLINE_S) as scope:
             await each(peers, collect)
         best = self._rule.best(key, values)
         return best[1] if best else None
+
+    async def _tell_closest(self, key: bytes, message: Any) -> None:
+        """Have the members closest to a key take something in."""
+        holders = (await self._closest(key, N_HOLDERS))[:N_HOLDERS]
+
+        async def tell(peer: Any) -> None:
+            await self._ask(peer, message)
+
+        with trio.move_on_after(PHASE_DEADLINE_S):
+            await each(holders, tell)
 
     def _held(self, key: str) -> list[bytes]:
         held = self.dht.value_store.get(key.encode())
@@ -320,6 +367,73 @@ class ControlNode:
             self._advertised = (now + 30.0, texts, result)
             self.addresses = tuple(f"{text}/p2p/{self.own_id}" for text in expanded)
         return result
+
+
+class QuietDht(KadDHT):  # type: ignore[misc]  # libp2p is not followed by mypy
+    """libp2p's DHT without what it does of its own accord, and with members only in its table.
+
+    Its main loop looks up a random key of each bucket every ten minutes and publishes the records
+    of others anew. Covey's records are published by whom they are of, and lookups keep the table.
+    """
+
+    rule: RecordRule
+
+    async def run(self) -> None:
+        """Forget what has expired, until cancelled."""
+        while True:
+            await trio.sleep(TIDY_S)
+            self.tidy(time.time())
+
+    def tidy(self, now: float) -> None:
+        """Forget the records and provider entries that nobody may believe at `now` any more."""
+        values = self.value_store.store
+        for key in [key for key, (record, _) in values.items() if not self._is_good(key, record)]:
+            del values[key]
+        for providers in self.provider_store.providers.values():
+            for peer in [p for p, e in providers.items() if e.timestamp < now - PROVIDER_TTL_S]:
+                del providers[peer]
+
+    def _is_good(self, key: bytes, record: Any) -> bool:
+        try:
+            self.rule.validate(key.decode(), record.value)
+        except (RecordRejected, UnicodeDecodeError):
+            return False
+        return True
+
+    async def handle_stream(self, stream: Any) -> None:
+        """Answer a peer's questions; its connection is in use."""
+        self.host.get_network().used(stream.muxed_conn.peer_id)
+        await super().handle_stream(stream)
+
+    async def add_peer(self, peer_id: Any, *, skip_server_mode_check: bool = False) -> bool:
+        """Take a peer that serves into the routing table.
+
+        libp2p takes whoever asks it something for a server, and so would look for members that
+        nobody can dial. Here it is who said so of itself, or whom we have dialled (`bootstrap`).
+        """
+        speaks = self.host.get_peerstore().supports_protocols
+        try:
+            is_server = bool(speaks(peer_id, [str(PROTOCOL_ID)]))
+        except FAILURES:
+            is_server = False
+        if not is_server:
+            return False
+        return bool(await super().add_peer(peer_id))
+
+    def _add_closer_peers_to_response(
+        self, response: Any, closest_peers: Sequence[Any], exclude_peer_id: Any = None
+    ) -> None:
+        """Name peers with their addresses, and leave out their signed records of 200 bytes.
+
+        Whoever dials is told by the handshake whether it is the right peer.
+        """
+        peers = self.host.get_peerstore()
+        for peer in closest_peers:
+            if peer == exclude_peer_id:
+                continue
+            entry = response.closerPeers.add(id=peer.to_bytes())
+            with suppress(*FAILURES):
+                entry.addrs.extend(address.to_bytes() for address in peers.addrs(peer)[:MAX_DIALS])
 
 
 class _DhtValidator(Validator):  # type: ignore[misc]  # libp2p is not followed by mypy
