@@ -22,6 +22,7 @@ from covey.transport.control import ControlPlane
 from covey.transport.control_records import MAX_RELAYS, ControlError, PeerRecord
 from covey.transport.errors import TransportError
 from covey.transport.mesh import Mesh
+from covey.transport.messages import MemberEntry
 from covey.transport.tasks import Tasks
 
 from .errors import ConfigError
@@ -36,10 +37,12 @@ RECORD_TTL_S = 3600
 ANNOUNCE_S = 1500.0  # two more tries before the record expires
 RETRY_ANNOUNCE_S = 10.0
 SEARCH_S = (2.0, 4.0, 8.0, 15.0, 30.0, 60.0)  # between searches of a node with too few links
+FIRST_SEARCH_S = 5.0  # by then at the latest
 CALM_SEARCH_S = 1800.0  # with enough of them
 LOOK_S = 2.0  # whether there are still enough
 REDIAL_S = 2.0
-N_AT_ONCE = 8  # members whose control planes are dialled together
+N_AT_ONCE = 4  # members whose control planes are dialled together
+MAX_FOUND_WAYS = 32
 N_CONTACTS = 3  # members whose control planes answer: enough to begin with
 SAVE_S = 300.0
 
@@ -56,7 +59,7 @@ class Discovery:
         home: Home,
         swarm: str,
         own_peer_id: str,
-        bootstrap: Iterable[str],
+        known: Iterable[MemberEntry],
         is_allowed: Callable[[str], bool],
         live: Callable[[], frozenset[str]],
         rng: random.Random,
@@ -67,7 +70,8 @@ class Discovery:
         self._home = home
         self._swarm = swarm
         self._own = own_peer_id
-        self._bootstrap = tuple(bootstrap)
+        self._given = list(known)  # by whoever let us in
+        self._found_ways: list[tuple[str, ...]] = []  # by mDNS
         self._is_allowed = is_allowed
         self._live = live
         self._rng = rng
@@ -75,9 +79,10 @@ class Discovery:
         self._relays: tuple[str, ...] = ()
         self._is_reachable: bool | None = None
         self._tasks = Tasks()
-        self._known: set[str] = set()
+        self._known = {member.peer_id for member in self._given if is_allowed(member.peer_id)}
         self._hurry = asyncio.Event()
         self._announce_now = asyncio.Event()
+        self._has_tried = asyncio.Event()  # to announce, so that the DHT is entered if it can be
         self.is_announced = False
         self.n_found_by_dht = 0
         control.on_discovered(self._found_on_lan)
@@ -121,9 +126,11 @@ class Discovery:
                     await self._enter_dht()
                 await self._control.announce(self._own_record())
                 self.is_announced = True
+                self._has_tried.set()
                 delay_s = ANNOUNCE_S * (0.8 + 0.4 * self._rng.random())  # not all at one moment
             except ControlError as error:
                 logger.warning("not announced in the DHT: %s", error)
+                self._has_tried.set()
                 delay_s = RETRY_ANNOUNCE_S
             await _at_most(self._announce_now, delay_s)
 
@@ -139,15 +146,19 @@ class Discovery:
         return n_connected
 
     def _ways_in(self) -> list[tuple[str, ...]]:
-        """Control addresses by member: those of the invite, those seen lately, all others."""
+        """Control addresses by member, the likeliest to answer first."""
         cards = self._views.members()
         live = self._live()
         by_card = {peer: card.control_addresses for peer, card in cards.items()}
-        living = [by_card[peer] for peer in self._rng.sample(sorted(live), len(live))
-                  if peer in by_card and peer != self._own]
+        living = [
+            by_card[peer]
+            for peer in self._rng.sample(sorted(live), len(live))
+            if peer in by_card and peer != self._own
+        ]
         others = [by_card[peer] for peer in sorted(by_card.keys() - live - {self._own})]
-        given = [(address,) for address in self._bootstrap]
-        return list(dict.fromkeys([*given, *living, *self._seen.addresses(), *others]))
+        given = [tuple(member.control_addresses) for member in self._given]
+        ways = [*self._found_ways, *given[:1], *living, *given, *self._seen.addresses(), *others]
+        return [way for way in dict.fromkeys(ways) if way]
 
     def _own_record(self) -> PeerRecord:
         now = time.time()
@@ -165,21 +176,26 @@ class Discovery:
     # --- searching ---------------------------------------------------------------------------
 
     async def _search_for_ever(self) -> None:
+        await _at_most(self._has_tried, FIRST_SEARCH_S)
+        searched_at = asyncio.get_running_loop().time()
         attempt = 0
         while True:
-            try:
-                known = self._known & self._views.members().keys()
-                for record in await self._control.discover(known):
-                    self._learn(record)
-            except ControlError as error:
-                logger.warning("the DHT cannot be searched: %s", error)
-            searched_at = asyncio.get_running_loop().time()
-            while not self._is_time_to_search(attempt, searched_at):
-                if await _at_most(self._hurry, LOOK_S):
-                    self._hurry.clear()
-                    attempt = 0
-                    await asyncio.sleep(SEARCH_S[0] / 4)  # however often members come and go
-            attempt += 1
+            if await _at_most(self._hurry, LOOK_S):
+                self._hurry.clear()
+                attempt = 0
+                await asyncio.sleep(SEARCH_S[0] / 4)  # however often members come and go
+            if self._is_time_to_search(attempt, searched_at):
+                await self._search()
+                searched_at = asyncio.get_running_loop().time()
+                attempt += 1
+
+    async def _search(self) -> None:
+        try:
+            known = self._known & self._views.members().keys()
+            for record in await self._control.discover(known):
+                self._learn(record)
+        except ControlError as error:
+            logger.warning("the DHT cannot be searched: %s", error)
 
     def _is_time_to_search(self, attempt: int, searched_at: float) -> bool:
         waited_s = asyncio.get_running_loop().time() - searched_at
@@ -203,8 +219,8 @@ class Discovery:
                 self._tasks.spawn(self._dial(record.peer_id), "dial")
 
     def _found_on_lan(self, peer_id: str, addresses: tuple[str, ...]) -> None:
-        if self._is_allowed(peer_id) and not set(self._bootstrap).issuperset(addresses):
-            self._bootstrap = (*self._bootstrap, *addresses)[-64:]
+        if self._is_allowed(peer_id) and addresses not in self._found_ways:
+            self._found_ways = [addresses, *self._found_ways[: MAX_FOUND_WAYS - 1]]
             self._tasks.spawn(self._meet(addresses), "meet")
 
     async def _meet(self, addresses: tuple[str, ...]) -> None:

@@ -130,7 +130,7 @@ class Node:
             home=home,
             swarm=self.swarm.id,
             own_peer_id=self.peer_id,
-            bootstrap=[a for member in entry.known for a in member.control_addresses],
+            known=entry.known,
             is_allowed=self._is_allowed,
             live=self.live_peers,
             rng=rng,
@@ -298,9 +298,7 @@ class Node:
 
     def _link_down(self, peer_id: str, error: TransportError) -> None:
         logger.info("link down: %s", error, extra={"peer": peer_id[-8:]})
-        self.gossip.link_down(
-            peer_id, is_failure=not isinstance(error, LinkClosed | PeerLeft)
-        )
+        self.gossip.link_down(peer_id, is_failure=not isinstance(error, LinkClosed | PeerLeft))
         self.server.peer_lost(peer_id)
         self.pipelines.peer_lost(peer_id)
         self.planning.wake()

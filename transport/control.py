@@ -171,9 +171,7 @@ class ControlPlane:
             known: peers whose records are not worth asking for.
         """
         passed_over = frozenset(known)
-        return await self._call(
-            "discover", DISCOVER_DEADLINE_S, lambda n: n.discover(passed_over)
-        )
+        return await self._call("discover", DISCOVER_DEADLINE_S, lambda n: n.discover(passed_over))
 
     async def set_reachable(self, *, is_reachable: bool) -> None:
         """Say whether others can dial us, as soon as that is known.
