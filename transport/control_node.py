@@ -24,12 +24,12 @@ import varint  # type: ignore[import-untyped]
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
 from libp2p.kad_dht.common import BUCKET_SIZE, PROTOCOL_ID
-from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
+from libp2p.kad_dht.kad_dht import DHTMode
 from libp2p.kad_dht.pb.kademlia_pb2 import Message
 from libp2p.network.config import RetryConfig
 from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStore
-from libp2p.records.validator import NamespacedValidator, Validator
+from libp2p.records.validator import NamespacedValidator
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
@@ -40,10 +40,11 @@ from libp2p.transport.upgrader import TransportUpgrader
 from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 from multiaddr import Multiaddr
 
+from .control_dht import DhtValidator, QuietDht
+from .control_lookup import Search
 from .control_records import (
     ControlError,
     PeerRecord,
-    RecordRejected,
     RecordRule,
     record_key,
 )
@@ -68,9 +69,8 @@ MAX_ANSWER_BYTES = 256 * 1024
 MAX_CANDIDATES = 256
 N_NEAR = 3  # peers asked for a record before a full lookup
 ENOUGH_S = 0.3  # after the first good answer, for better ones
-N_HOLDERS = 8  # peers that hold a record; libp2p's 20 cost more than they are worth in our sizes
-PROVIDER_TTL_S = 2 * 3600  # libp2p's own 48 h would have everybody look for the dead for two days
-TIDY_S = 60.0
+N_HOLDERS = 6  # peers that hold a record; libp2p's 20 cost more than they are worth in our sizes
+N_ASKED_AT_ONCE = 3
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ class ControlNode:
             self.host,
             DHTMode.SERVER,
             validator=NamespacedValidator(
-                {"covey": _DhtValidator(self._rule)}, strict_validation=True
+                {"covey": DhtValidator(self._rule)}, strict_validation=True
             ),
             validator_changed=True,  # no "pk" and "ipns", which anybody may write
             strict_validation=True,  # else keys of other namespaces are stored unchecked
@@ -206,7 +206,7 @@ class ControlNode:
         await each(known.items(), lambda item: join(*item), at_once=max(1, len(known)))
         if joined:
             with trio.move_on_after(DIAL_DEADLINE_S):
-                await self.dht.peer_routing.find_closest_peers_network(self.own_id.to_bytes())
+                await self._closest(self.own_id.to_bytes(), N_HOLDERS)
         return len(joined)
 
     async def announce(self, record: PeerRecord, value: bytes) -> None:
@@ -278,11 +278,26 @@ class ControlNode:
         return [records[peer_id] for peer_id in sorted(records)]
 
     async def _closest(self, key: bytes, n_wanted: int = BUCKET_SIZE) -> list[Any]:
-        """Up to 20 peers, those closest to `key` first."""
-        closest = self.dht.routing_table.find_local_closest_peers(key, n_wanted)
-        with trio.move_on_after(PHASE_DEADLINE_S):
-            closest = await self.dht.peer_routing.find_closest_peers_network(key, n_wanted)
-        return list(closest)
+        """The peers closest to `key` that can be found, closest first."""
+        start = self.dht.routing_table.find_local_closest_peers(key, BUCKET_SIZE)
+        if len(start) < N_ASKED_AT_ONCE:
+            start = [*start, *self.host.get_connected_peers()]
+        search = Search(key, map(ID.to_bytes, start), n_wanted=n_wanted)
+        request = Message(type=Message.MessageType.FIND_NODE, key=key)
+
+        async def ask_on() -> None:
+            while (peer := search.take()) is not None:
+                answer = await self._ask(ID(peer), request)
+                if answer is None:
+                    search.failed(peer)
+                else:
+                    search.answered(peer, await self.dht.take_in(answer))
+                if search.is_done:  # whoever has not answered yet is not waited for
+                    scope.cancel()
+
+        with trio.move_on_after(PHASE_DEADLINE_S) as scope:
+            await each(range(N_ASKED_AT_ONCE), lambda _: ask_on())
+        return [ID(peer) for peer in search.closest()]
 
     def _near(self, key: str, owner: Any) -> list[Any]:
         """Whom to ask first for a record: connected peers close to the key, and its owner."""
@@ -328,7 +343,24 @@ class ControlNode:
     async def _ask(self, peer: Any, request: Any) -> Any | None:
         """One question of the Kademlia protocol; None if there is no good answer in time.
 
-        Our own, since `find_providers` and `get_value` answer from what is held here, and store
+        Who asks may be cancelled, the question is not: half a Noise frame on the wire would make
+        its connection useless to everybody, and silently so.
+        """
+        done = trio.Event()
+        answers: list[Any | None] = []
+
+        async def ask() -> None:
+            try:
+                answers.append(await self._exchange(peer, request))
+            finally:
+                done.set()
+
+        self.swarm.manager.run_task(ask)
+        await done.wait()
+        return answers[0] if answers else None
+
+    async def _exchange(self, peer: Any, request: Any) -> Any | None:
+        """Our own, since `find_providers` and `get_value` answer from what is held here, and store
         foreign provider entries with a new date, so that those of the dead would never expire.
         """
         if peer == self.own_id:
@@ -367,89 +399,6 @@ class ControlNode:
             self._advertised = (now + 30.0, texts, result)
             self.addresses = tuple(f"{text}/p2p/{self.own_id}" for text in expanded)
         return result
-
-
-class QuietDht(KadDHT):  # type: ignore[misc]  # libp2p is not followed by mypy
-    """libp2p's DHT without what it does of its own accord, and with members only in its table.
-
-    Its main loop looks up a random key of each bucket every ten minutes and publishes the records
-    of others anew. Covey's records are published by whom they are of, and lookups keep the table.
-    """
-
-    rule: RecordRule
-
-    async def run(self) -> None:
-        """Forget what has expired, until cancelled."""
-        while True:
-            await trio.sleep(TIDY_S)
-            self.tidy(time.time())
-
-    def tidy(self, now: float) -> None:
-        """Forget the records and provider entries that nobody may believe at `now` any more."""
-        values = self.value_store.store
-        for key in [key for key, (record, _) in values.items() if not self._is_good(key, record)]:
-            del values[key]
-        for providers in self.provider_store.providers.values():
-            for peer in [p for p, e in providers.items() if e.timestamp < now - PROVIDER_TTL_S]:
-                del providers[peer]
-
-    def _is_good(self, key: bytes, record: Any) -> bool:
-        try:
-            self.rule.validate(key.decode(), record.value)
-        except (RecordRejected, UnicodeDecodeError):
-            return False
-        return True
-
-    async def handle_stream(self, stream: Any) -> None:
-        """Answer a peer's questions; its connection is in use."""
-        self.host.get_network().used(stream.muxed_conn.peer_id)
-        await super().handle_stream(stream)
-
-    async def add_peer(self, peer_id: Any, *, skip_server_mode_check: bool = False) -> bool:
-        """Take a peer that serves into the routing table.
-
-        libp2p takes whoever asks it something for a server, and so would look for members that
-        nobody can dial. Here it is who said so of itself, or whom we have dialled (`bootstrap`).
-        """
-        speaks = self.host.get_peerstore().supports_protocols
-        try:
-            is_server = bool(speaks(peer_id, [str(PROTOCOL_ID)]))
-        except FAILURES:
-            is_server = False
-        if not is_server:
-            return False
-        return bool(await super().add_peer(peer_id))
-
-    def _add_closer_peers_to_response(
-        self, response: Any, closest_peers: Sequence[Any], exclude_peer_id: Any = None
-    ) -> None:
-        """Name peers with their addresses, and leave out their signed records of 200 bytes.
-
-        Whoever dials is told by the handshake whether it is the right peer.
-        """
-        peers = self.host.get_peerstore()
-        for peer in closest_peers:
-            if peer == exclude_peer_id:
-                continue
-            entry = response.closerPeers.add(id=peer.to_bytes())
-            with suppress(*FAILURES):
-                entry.addrs.extend(address.to_bytes() for address in peers.addrs(peer)[:MAX_DIALS])
-
-
-class _DhtValidator(Validator):  # type: ignore[misc]  # libp2p is not followed by mypy
-    """`RecordRule` as libp2p asks for it."""
-
-    def __init__(self, rule: RecordRule) -> None:
-        self._rule = rule
-
-    def validate(self, key: str, value: bytes) -> None:
-        self._rule.validate(key, value)
-
-    def select(self, key: str, values: list[bytes]) -> int:
-        best = self._rule.best(key, values)
-        if best is None:
-            raise ValueError("none of the values may stand under this key")
-        return best[0]
 
 
 def dialable(address: str) -> list[str]:

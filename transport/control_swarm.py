@@ -245,7 +245,11 @@ def connection_config() -> Any:
 def _dial_order(addresses: Iterable[Any]) -> list[Any]:
     """Plain TCP addresses; loopback ones only if a peer has no others, for they may lead to us."""
     texts = {str(address): address for address in addresses}
-    tcp = {text: address for text, address in texts.items() if "/tcp/" in text}
+    tcp = {  # no names: a member could make others ask a DNS server of its choice
+        text: address
+        for text, address in texts.items()
+        if text.startswith(("/ip4/", "/ip6/")) and "/tcp/" in text
+    }
     plain = {
         text: address
         for text, address in tcp.items()

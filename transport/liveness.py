@@ -99,8 +99,10 @@ class Liveness:
         return min(self._suspect_at(), self._ping_at(), self._close_at())
 
     def _ping_at(self) -> float:
-        is_busy = self._busy_since is not None
-        return self._pinged_at + (self.rules.busy_ping_s if is_busy else self.rules.idle_ping_s)
+        if self._busy_since is not None:
+            return self._pinged_at + self.rules.busy_ping_s
+        # Whatever else is said on an idle link is as good a sign of life.
+        return max(self._pinged_at, self._heard_at) + self.rules.idle_ping_s
 
     def _suspect_at(self) -> float:
         if self._busy_since is not None:
