@@ -36,10 +36,12 @@ SEEN_FILE = "seen.json"
 RECORD_TTL_S = 3600
 ANNOUNCE_S = 1500.0  # two more tries before the record expires
 RETRY_ANNOUNCE_S = 10.0
+GROWTH = 2.0  # of the swarm, after which we announce anew
 SEARCH_S = (2.0, 4.0, 8.0, 15.0, 30.0, 60.0)  # between searches of a node with too few links
 FIRST_SEARCH_S = 5.0  # by then at the latest
 CALM_SEARCH_S = 1800.0  # with enough of them
 LOOK_S = 2.0  # whether there are still enough
+N_ENOUGH = 2
 REDIAL_S = 2.0
 N_AT_ONCE = 4  # members whose control planes are dialled together
 MAX_FOUND_WAYS = 32
@@ -83,7 +85,9 @@ class Discovery:
         self._hurry = asyncio.Event()
         self._announce_now = asyncio.Event()
         self._has_tried = asyncio.Event()  # to announce, so that the DHT is entered if it can be
-        self.is_announced = False
+        self.announced = asyncio.Event()
+        """Set once this node's record stands in the DHT."""
+        self._n_announced_to = 0
         self.n_found_by_dht = 0
         control.on_discovered(self._found_on_lan)
 
@@ -122,10 +126,11 @@ class Discovery:
             self._announce_now.clear()
             try:
                 await self._control.set_reachable(is_reachable=self._is_reachable is not False)
-                if not self.is_announced:
+                if not self.announced.is_set():
                     await self._enter_dht()
                 await self._control.announce(self._own_record())
-                self.is_announced = True
+                self.announced.set()
+                self._n_announced_to = len(self._known)
                 self._has_tried.set()
                 delay_s = ANNOUNCE_S * (0.8 + 0.4 * self._rng.random())  # not all at one moment
             except ControlError as error:
@@ -204,9 +209,9 @@ class Discovery:
         return waited_s >= SEARCH_S[min(attempt, len(SEARCH_S) - 1)]
 
     def _has_enough_links(self) -> bool:
-        """Whether there are as many as we want, or one to everybody we know of."""
+        """Whether gossip keeps us informed, or we have a link to everybody we know of."""
         n_others = len(self._live() - {self._own})
-        return 0 < min(N_NEIGHBOURS, n_others) <= len(self._mesh.peers)
+        return 0 < min(N_ENOUGH, n_others) <= len(self._mesh.peers)
 
     def _learn(self, record: PeerRecord) -> None:
         if not self._is_allowed(record.peer_id):
@@ -238,6 +243,8 @@ class Discovery:
                 if peer_id != self._own and self._is_allowed(peer_id):
                     self._mesh.learn(peer_id, card.addresses)
                     self._known.add(peer_id)
+            if self.announced.is_set() and len(self._known) > GROWTH * self._n_announced_to:
+                self._announce_now.set()  # those closest to our key are others by now
             n_wanted = N_NEIGHBOURS - len(self._mesh.peers)
             for peer_id in self._absent()[: max(n_wanted, 0)]:
                 self._tasks.spawn(self._dial(peer_id), "dial")

@@ -34,14 +34,15 @@ logger = logging.getLogger(__name__)
 
 N_NEIGHBOURS = 4  # links that a node wants
 N_CHOSEN = 3  # of them, it gossips with these, and with those who chose it
-STEP_S = 1.0
+STEP_S = 0.5
 SHORTEST_TTL_S = 5  # five beats: one lost or late beat is not a death
-MAX_BEAT_PERIOD_S = 600.0
+MAX_BEAT_PERIOD_S = 1200.0
 PROBE_S = (1.0, 2.0)  # between two probes of links, in a swarm of a few and of many
 A_FEW = 8
 ANSWER_S = 1.5  # to a probe
 LAG_S = 0.25  # answered later than that after its deadline, it was we who stood still
 DENIAL_S = 2.5  # how long a suspected member has for its next beat to get here
+DENY_EVERY_S = 1.0  # at most: a beat costs all members something
 RETURN_S = 0.2  # a link that broke because a newer one took its place is back within this
 SUMMARY_S = 10.0  # to one chosen neighbour in turn, in case something was lost
 CHOICE_S = 60.0  # whoever gossips with us has chosen us for this long
@@ -54,9 +55,15 @@ def beat_period_s(n_live: int) -> float:
     """How often each of `n_live` members beats.
 
     Every beat reaches every member a few times over, so that with a fixed period the traffic of
-    each would grow with their number. The square makes it fall instead: 9 / n beats a second.
+    each would grow with their number. The square makes it fall instead: 5 / n beats a second. What
+    a beat is for is left to suspicion then; it is soon enough again where a few are all there is.
     """
-    return min(max(1.0, n_live**2 / 9), MAX_BEAT_PERIOD_S)
+    return min(max(1.0, n_live**2 / 5), MAX_BEAT_PERIOD_S)
+
+
+def quiet_s(n_live: int) -> float:
+    """How long changes are gathered: in a larger swarm they come more often and go to more."""
+    return QUIET_S * max(1.0, n_live / A_FEW)
 
 
 def beat_ttl_s(period_s: float) -> int:
@@ -116,7 +123,7 @@ class Gossip:
         self._chosen: set[str] = set()
         self._chose_us_at: dict[str, float] = {}
         self._next_beat_at = 0.0
-        self._denied_at = float("-inf")
+        self._beat_at = float("-inf")
         self._to_probe: list[str] = []  # of this turn
         self._probing: set[str] = set()
         self._tasks = Tasks()
@@ -179,18 +186,19 @@ class Gossip:
             period_s = beat_period_s(len(self._awareness.live(now)))
             # What was promised with the last beat holds, even if the swarm has grown since.
             self._next_beat_at = min(self._next_beat_at, now + period_s)
-            if now >= self._next_beat_at:
-                self._beat(now)
+            self._beat_if_due(now)
             if now >= next_summary_at and self._chosen:
                 turn += 1
                 self._say_summary(sorted(self._chosen)[turn % len(self._chosen)])
                 next_summary_at = now + SUMMARY_S
             await asyncio.sleep(STEP_S)
 
-    def _beat(self, now: float) -> None:
+    def _beat_if_due(self, now: float) -> None:
+        if now < self._next_beat_at:
+            return
         period_s = beat_period_s(len(self._awareness.live(now)))
         told = self._awareness.beat(now, {}, ttl_s=beat_ttl_s(period_s))
-        self._next_beat_at = now + period_s
+        self._beat_at, self._next_beat_at = now, now + period_s
         self._spread(News((told,)), skip=None)
 
     async def _probe_for_ever(self) -> None:
@@ -219,6 +227,10 @@ class Gossip:
             except LinkTimeout:
                 if self._clock() - asked_at < ANSWER_S + LAG_S:
                     self._suspect(peer_id)
+                return
+            if peer_id not in self._awareness.live(self._clock()):
+                # It lives, and nobody here knows; suspected to its face, it beats.
+                await peer.send(Beat(body=News((), (Suspicion(peer_id, 0),)).encode()))
         except TransportError:
             self._suspect(peer_id)
         finally:
@@ -241,9 +253,9 @@ class Gossip:
             return
         if suspicion.author != self._switch.own_peer_id:
             self._spread(News((), (suspicion,)), skip=sender)
-        elif now - self._denied_at >= STEP_S:  # however many say so, and however often
-            self._denied_at = now
-            self._beat(now)
+        else:  # soon, and once, however many say so and however often
+            self._next_beat_at = min(self._next_beat_at, self._beat_at + DENY_EVERY_S)
+            self._beat_if_due(now)
 
     def _take_news(self, sender: str, message: Beat, _: Mapping[str, Tensor]) -> None:
         allowance = self._news_allowances.setdefault(sender, Allowance(MAX_NEWS_PER_S))
@@ -279,7 +291,7 @@ class Gossip:
     async def _announce_for_ever(self) -> None:
         while True:
             await self._changed.wait()
-            await asyncio.sleep(QUIET_S)
+            await asyncio.sleep(quiet_s(len(self._awareness.live(self._clock()))))
             self._changed.clear()
             for peer_id in self.neighbours:
                 self._say_summary(peer_id)

@@ -39,7 +39,7 @@ _EnvelopeBytes: TypeAlias = Annotated[bytes, Meta(max_length=MAX_ENVELOPE_BYTES)
 class Summary(
     msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="summary"
 ):
-    """A digest of the sender's state vector: forty bytes where the vector takes seventy a member."""
+    """A digest of the sender's state vector, which itself takes seventy bytes a member."""
 
     digest: Annotated[bytes, Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
 
@@ -140,7 +140,7 @@ def _encode(message: Summary | Hello | Batch) -> bytes:
     return bytes([FORMAT_VERSION]) + msgspec.msgpack.encode(message)
 
 
-def _decode(data: bytes) -> Hello | Batch:
+def _decode(data: bytes) -> Summary | Hello | Batch:
     body = versioned_body(data, version=FORMAT_VERSION, max_bytes=MAX_MESSAGE_BYTES)
     try:
         return msgspec.msgpack.decode(body, type=Summary | Hello | Batch)

@@ -7,23 +7,13 @@ what the swarm says, TCP/IP headers and acknowledgements included.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import itertools
 import json
-import random
-import statistics
 import sys
-import tempfile
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from benchmarks.rows import Row, report
-
-from . import namespaces
 
 N_NODES = 50
 N_PROCESSES = 5

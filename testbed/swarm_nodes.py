@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import resource
 import sys
 import time
@@ -25,7 +24,6 @@ from covey.node.config import NodeConfig
 from covey.node.runtime import Node, running_node
 
 UP_S = 60.0  # a node that is not up by then has failed to join
-POLL_S = 0.05
 
 
 class Nodes:
@@ -65,8 +63,7 @@ class Nodes:
         async with asyncio.timeout(UP_S):
             context = running_node(config, invite=invite, may_found=invite is None)
             node = self._nodes[name] = await stack.enter_async_context(context)
-            while invite is not None and not (node.mesh.peers and node.discovery.is_announced):
-                await asyncio.sleep(POLL_S)
+            await node.discovery.announced.wait()
         return {"peer": node.peer_id, "took_s": time.perf_counter() - started_at}
 
     async def _stop(self, name: str) -> dict[str, Any]:
@@ -84,7 +81,7 @@ class Nodes:
         return {
             "cpu_s": time.process_time(),
             "rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "n_files": len(os.listdir("/proc/self/fd")),
+            "n_files": len(list(Path("/proc/self/fd").iterdir())),
             "nodes": {
                 name: {
                     "peer": node.peer_id,

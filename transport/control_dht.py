@@ -139,9 +139,11 @@ class DhtValidator(Validator):  # type: ignore[misc]  # libp2p is not followed b
         self._rule = rule
 
     def validate(self, key: str, value: bytes) -> None:
+        """Raise RecordRejected if `value` may not stand under `key`."""
         self._rule.validate(key, value)
 
     def select(self, key: str, values: list[bytes]) -> int:
+        """The index of the value that wins."""
         best = self._rule.best(key, values)
         if best is None:
             raise ValueError("none of the values may stand under this key")

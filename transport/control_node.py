@@ -7,10 +7,8 @@ py-libp2p 0.8.1 does that Covey does not want is put right here, each at the pla
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
-import socket
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -18,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import trio
 import varint  # type: ignore[import-untyped]
 from libp2p.crypto.ed25519 import create_new_key_pair
@@ -41,6 +38,7 @@ from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 from multiaddr import Multiaddr
 
 from .control_dht import DhtValidator, QuietDht
+from .control_listen import check_free, dialable, listen_address
 from .control_lookup import Search
 from .control_records import (
     ControlError,
@@ -95,9 +93,9 @@ async def open_node(settings: NodeSettings) -> AsyncIterator[ControlNode]:
     """
     _quieten()
     for host in settings.listen:
-        _check_free(host, settings.port)
+        check_free(host, settings.port)
     node = ControlNode(settings)
-    listen = [_listen_address(host, settings.port) for host in settings.listen]
+    listen = [listen_address(host, settings.port) for host in settings.listen]
     async with node.host.run(listen_addrs=listen):
         if len(node.swarm.listeners) != len(listen):  # libp2p is content with one of them
             raise ControlError(f"cannot listen on all of {', '.join(settings.listen)}")
@@ -233,12 +231,15 @@ class ControlNode:
         """The newest record of a peer that the members closest to its key know.
 
         Those that we know to be near are asked first: when they are not the closest of all, one
-        of them is among the holders all the same.
+        of them is among the holders all the same. Last the peer itself, should it be reachable:
+        it may have published when there were too few to hold it for others.
         """
         key = record_key(self._rule.swarm, peer_id)
         near = self.dht.routing_table.find_local_closest_peers(key.encode(), N_NEAR)
-        return await self._fetch(key, near) or await self._fetch(
-            key, await self._closest(key.encode())
+        return (
+            await self._fetch(key, near)
+            or await self._fetch(key, await self._closest(key.encode()))
+            or await self._fetch(key, [ID.from_base58(peer_id)])
         )
 
     async def discover(self, known: frozenset[str]) -> list[PeerRecord]:
@@ -399,49 +400,6 @@ class ControlNode:
             self._advertised = (now + 30.0, texts, result)
             self.addresses = tuple(f"{text}/p2p/{self.own_id}" for text in expanded)
         return result
-
-
-def dialable(address: str) -> list[str]:
-    """A multiaddr /ip4|ip6/.../tcp/... that we listen on, as others may dial it.
-
-    "Any address" becomes those of the interfaces; loopback only if there is no other.
-    """
-    _, protocol, host, rest = address.split("/", 3)
-    if host not in ("0.0.0.0", "::"):  # noqa: S104 - compared, not bound
-        return [address]
-    family = socket.AF_INET if protocol == "ip4" else socket.AF_INET6
-    hosts = sorted(
-        entry.address
-        for entries in psutil.net_if_addrs().values()
-        for entry in entries
-        if entry.family == family and not entry.address.startswith(("169.254.", "fe80:"))
-    )
-    remote = [host for host in hosts if not host.startswith("127.") and host != "::1"]
-    return [f"/{protocol}/{host}/{rest}" for host in remote or hosts]
-
-
-def _listen_address(host: str, port: int) -> Any:
-    return Multiaddr(f"/{'ip6' if ':' in host else 'ip4'}/{host}/tcp/{port}")
-
-
-def _check_free(host: str, port: int) -> None:
-    """Refuse a port that another program listens on.
-
-    libp2p binds with SO_REUSEPORT, so two nodes of one user would share the port without a word
-    and each would get half of the connections.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-            probe.listen(1)
-        except OSError as error:
-            in_use = error.errno == errno.EADDRINUSE
-            advice = "; stop the other program or choose another --port" if in_use else ""
-            raise ControlError(
-                f"cannot listen on {host} port {port}: {error.strerror or error}{advice}"
-            ) from error
 
 
 def _quieten() -> None:

@@ -172,7 +172,7 @@ class BoundedSwarm(Swarm):  # type: ignore[misc]  # libp2p is not followed by my
 class BoundedHost(BasicHost):  # type: ignore[misc]  # libp2p is not followed by mypy
     """libp2p's host, which finds out about a peer that went to sleep with its connection open."""
 
-    on_identified: Callable[[Any], Awaitable[None]] | None = None
+    on_identified: Callable[[Any], Awaitable[bool]] | None = None
     """Awaited with the id of each peer that has told which protocols it speaks."""
 
     async def new_stream(self, peer_id: Any, protocol_ids: Any) -> INetStream:
