@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 KERNELS = $(VENV)/.kernels
 
-.PHONY: setup demo test test-arm lint format fuzz lab build bench-pipeline bench-engine clean
+.PHONY: setup demo test test-arm lint format fuzz lab build bench-pipeline bench-engine bench-transport clean
 
 MODEL ?= smollm2
 
@@ -65,6 +65,10 @@ lab: $(KERNELS)
 
 bench-pipeline: $(KERNELS)
 	$(BIN)/python -m benchmarks.bench_pipeline
+
+# Installs lattica at first use, to measure against.
+bench-transport: $(KERNELS)
+	$(BIN)/python -m benchmarks.bench_transport
 
 # MODEL=smollm2 or 1b. Builds llama.cpp at first use, to measure against.
 bench-engine: $(KERNELS)

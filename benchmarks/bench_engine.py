@@ -26,8 +26,9 @@ from covey.node.model.resolve import resolve_model
 from . import figures
 from .accuracy import accuracy
 from .contest import ContestantFailed
+from .installs import CannotBuild
 from .lab import Lab
-from .llama_cpp import FORMATS, CannotBuild, ensure_build, requantized
+from .llama_cpp import FORMATS, ensure_build, requantized
 from .nodes import memory, pipeline
 from .rows import report
 from .synthetic import TYPES, synthetic_1b

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from .contest import Child, Contest, Spec, Turn, hold
-from .llama_cpp import CannotBuild, cache_folder, ensure_build
+from .installs import CannotBuild, cache_folder
+from .llama_cpp import ensure_build
 from .rows import Row
 
 THREADS = (1, 2)

@@ -9,9 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib
-import os
 import platform
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import platformdirs
+from .installs import CannotBuild, cache_folder, install
 
 VERSION = "0.3.36"
 _COMMON = "-DGGML_NATIVE={native} -DLLAVA_BUILD=OFF"
@@ -34,17 +32,6 @@ FLAGS: Mapping[str, str] = MappingProxyType(
 )
 FORMATS: Mapping[str, int] = MappingProxyType({"Q8_0": 7, "F16": 1, "Q4_0": 2, "Q4_K_M": 15})
 _MICRO_BATCH = 512  # tokens that llama.cpp computes at once; its default
-
-
-class CannotBuild(Exception):
-    """pip could not build llama.cpp; the text says where its output is."""
-
-
-def cache_folder() -> Path:
-    """Where builds, requantised files and synthetic models are kept between runs."""
-    folder = Path(platformdirs.user_cache_dir("covey")) / "bench"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def build_folder(variant: str) -> Path:
@@ -63,26 +50,15 @@ def ensure_build(variant: str, say: Callable[[str], None]) -> Path:
     if folder.is_dir():
         return folder
     say(f"building llama.cpp ({variant}) once, 4 to 10 minutes: {folder}")
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    log_path = folder.with_name(f"{folder.name}.log")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    command = [
-        *(sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(unfinished)),
-        # A wheel in pip's cache was built with flags that nobody knows any more.
-        *("--no-cache-dir", "--no-binary", "llama-cpp-python"),
-        *(f"llama-cpp-python=={VERSION}", "diskcache==5.6.3"),
-    ]
-    with log_path.open("w") as log:
-        done = subprocess.run(
-            command,
-            env={**os.environ, "CMAKE_ARGS": FLAGS[variant]},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            check=False,
-        )
-    if done.returncode:
-        raise CannotBuild(f"cannot build llama.cpp ({variant}): see {log_path}")
-    unfinished.rename(folder)
+    install(
+        folder,
+        [
+            # A wheel in pip's cache was built with flags that nobody knows any more.
+            *("--no-cache-dir", "--no-binary", "llama-cpp-python"),
+            *(f"llama-cpp-python=={VERSION}", "diskcache==5.6.3"),
+        ],
+        {"CMAKE_ARGS": FLAGS[variant]},
+    )
     return folder
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 
-from .llama_cpp import cache_folder
+from .installs import cache_folder
 
 N_BLOCKS, HIDDEN, INNER = 16, 2048, 8192
 N_HEADS, N_KV_HEADS, HEAD_DIM = 32, 8, 64

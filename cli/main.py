@@ -13,7 +13,7 @@ import typer
 
 from covey import CoveyError, __version__
 
-from . import ask, demo, facts, nodes
+from . import ask, demo, facts, members, nodes
 from .render import err
 
 COMMANDS: tuple[Callable[..., None], ...] = (
@@ -37,6 +37,7 @@ app = typer.Typer(
 )
 for command in COMMANDS:
     app.command()(command)
+app.add_typer(members.app, name="members")
 
 
 def _print_version(wanted: bool) -> None:

@@ -183,6 +183,20 @@ class AsyncClient:
             await self._call("POST", "/covey/invite", json={"ttl_s": ttl_s, "uses": uses})
         )
 
+    async def members(self) -> dict[str, Any]:
+        """Who is in the swarm, and who was removed; needs the control key."""
+        return object_of(await self._call("GET", "/covey/members"))
+
+    async def remove_member(self, member: str) -> dict[str, Any]:
+        """Remove a member for good, by name, peer id or its end; needs the control key."""
+        body = {"member": member}
+        return object_of(await self._call("POST", "/covey/members/remove", json=body))
+
+    async def allow_member(self, member: str) -> dict[str, Any]:
+        """Let a member remove others; only at the founder's node; needs the control key."""
+        body = {"member": member}
+        return object_of(await self._call("POST", "/covey/members/allow", json=body))
+
     async def stop(self) -> None:
         """Stop the node, gracefully; needs the control key."""
         await self._call("POST", "/covey/stop")

@@ -185,6 +185,20 @@ class Client:
         """A new invite into the swarm; needs the control key."""
         return invite_of(self._call("POST", "/covey/invite", json={"ttl_s": ttl_s, "uses": uses}))
 
+    def members(self) -> dict[str, Any]:
+        """Who is in the swarm, and who was removed; needs the control key."""
+        return object_of(self._call("GET", "/covey/members"))
+
+    def remove_member(self, member: str) -> dict[str, Any]:
+        """Remove a member for good, by name, peer id or its end; needs the control key."""
+        body = {"member": member}
+        return object_of(self._call("POST", "/covey/members/remove", json=body))
+
+    def allow_member(self, member: str) -> dict[str, Any]:
+        """Let a member remove others; only at the founder's node; needs the control key."""
+        body = {"member": member}
+        return object_of(self._call("POST", "/covey/members/allow", json=body))
+
     def stop(self) -> None:
         """Stop the node, gracefully; needs the control key."""
         self._call("POST", "/covey/stop")

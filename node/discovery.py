@@ -65,7 +65,9 @@ class Discovery:
         is_allowed: Callable[[str], bool],
         live: Callable[[], frozenset[str]],
         rng: random.Random,
+        on_failed: Callable[[str, TransportError], None],
     ) -> None:
+        """`on_failed(peer_id, error)` is called when a member could not be dialled."""
         self._control = control
         self._mesh = mesh
         self._views = views
@@ -80,6 +82,7 @@ class Discovery:
         self._seen = _load(home)
         self._relays: tuple[str, ...] = ()
         self._is_reachable: bool | None = None
+        self._on_failed = on_failed
         self._tasks = Tasks()
         self._known = {member.peer_id for member in self._given if is_allowed(member.peer_id)}
         self._hurry = asyncio.Event()
@@ -102,6 +105,19 @@ class Discovery:
     async def aclose(self) -> None:
         """Stop what is under way."""
         await self._tasks.aclose()
+
+    def use_control(self, control: ControlPlane) -> None:
+        """Go on with another control plane, which has been started."""
+        self._control = control
+        control.on_discovered(self._found_on_lan)
+        self.announced.clear()
+        self._announce_now.set()
+        self.hurry()
+
+    def forget(self, peer_id: str) -> None:
+        """Do not dial a member that was removed any more."""
+        self._known.discard(peer_id)
+        self._seen.forget(peer_id)
 
     def hurry(self) -> None:
         """Search again soon: a member came or went."""
@@ -261,6 +277,7 @@ class Discovery:
             await self._mesh.peer(peer_id)
         except TransportError as error:
             logger.debug("not reached: %s", error, extra={"peer": peer_id[-8:]})
+            self._on_failed(peer_id, error)
 
     async def _remember_for_ever(self) -> None:
         while True:

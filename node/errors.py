@@ -13,6 +13,21 @@ class ConfigError(NodeError):
     """A person must change something: names the field, the value and the limit."""
 
 
+class RemovedFromSwarm(NodeError):
+    """This node is no member any more; `.by` is whoever removed it."""
+
+    def __init__(self, by: str, home: str) -> None:
+        super().__init__(
+            f"this node was removed from the swarm by {by}: it takes no further part; to come back "
+            f"as a new member, move {home} away and join with a new invite"
+        )
+        self.by = by
+
+
+class NotAllowed(NodeError):
+    """Somebody else would have to do it; the text says who."""
+
+
 class UnknownModel(NodeError):
     """No member of the swarm offers the model."""
 

@@ -43,6 +43,48 @@ def status_facts(node: Node) -> dict[str, Any]:
     }
 
 
+def member_facts(node: Node) -> dict[str, Any]:
+    """Who is in the swarm, and who was removed and by whom, as of now."""
+    members, standing = node.members, node.members.standing
+    live = node.live_peers()
+    states = node.awareness.live(node.clock())
+    inviters = members.admitted_by()
+    roles = {standing.founder: "founder", **dict.fromkeys(standing.delegates, "delegate")}
+    listed = []
+    for peer_id, card in members.known().items():
+        link = node.mesh.peers.get(peer_id)
+        epoch = states.get(peer_id, {}).get("epoch")
+        listed.append(
+            {
+                "peer_id": peer_id,
+                "name": card.name if card is not None else peer_id[-8:],
+                "is_self": peer_id == node.peer_id,
+                "is_live": peer_id in live,
+                "last_seen_at": members.last_seen.get(peer_id),
+                "role": roles.get(peer_id, "member"),
+                "invited_by": inviters.get(peer_id),
+                "epoch": epoch if isinstance(epoch, int) else None,
+                "link": link.kind.value if link is not None else None,
+            }
+        )
+    return {
+        "swarm": node.swarm.id,
+        "epoch": node.swarm.epoch,
+        "may_remove": node.peer_id in standing.authorities,
+        "members": listed,
+        "removed": [
+            {
+                "peer_id": peer_id,
+                "name": revocation.name,
+                "by": revocation.by,
+                "by_name": members.name_of(revocation.by),
+                "at": revocation.at,
+            }
+            for peer_id, revocation in sorted(standing.removed.items())
+        ],
+    }
+
+
 def _member(node: Node, card: MemberCard, *, is_live: bool) -> dict[str, Any]:
     peer = node.mesh.peers.get(card.peer_id)
     link = None

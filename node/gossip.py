@@ -42,7 +42,7 @@ A_FEW = 8
 ANSWER_S = 1.5  # to a probe
 LAG_S = 0.25  # answered later than that after its deadline, it was we who stood still
 DENIAL_S = 2.5  # how long a suspected member has for its next beat to get here
-DENY_EVERY_S = 1.0  # at most: a beat costs all members something
+MIN_BEAT_PERIOD_S = 1.0  # whatever for: a beat costs all members something
 RETURN_S = 0.2  # a link that broke because a newer one took its place is back within this
 SUMMARY_S = 10.0  # to one chosen neighbour in turn, in case something was lost
 CHOICE_S = 60.0  # whoever gossips with us has chosen us for this long
@@ -58,7 +58,7 @@ def beat_period_s(n_live: int) -> float:
     each would grow with their number. The square makes it fall instead: 5 / n beats a second. What
     a beat is for is left to suspicion then; it is soon enough again where a few are all there is.
     """
-    return min(max(1.0, n_live**2 / 5), MAX_BEAT_PERIOD_S)
+    return min(max(MIN_BEAT_PERIOD_S, n_live**2 / 5), MAX_BEAT_PERIOD_S)
 
 
 def quiet_s(n_live: int) -> float:
@@ -103,14 +103,17 @@ class Gossip:
         rng: random.Random,
         *,
         watched: Callable[[], Iterable[str]] = tuple,
+        state: Callable[[], Mapping[str, object]] = dict,
     ) -> None:
         """Prepare.
 
         Args:
             watched: members whose death must be noticed within seconds however large the swarm,
                 because we depend on them; dialled if there is no link.
+            state: what our beats say of us, up to 1 KiB of JSON; a change is told at once.
         """
         self._mesh = mesh
+        self._state = state
         self._switch = switch
         self._replica = replica
         self._awareness = awareness
@@ -124,6 +127,7 @@ class Gossip:
         self._chose_us_at: dict[str, float] = {}
         self._next_beat_at = 0.0
         self._beat_at = float("-inf")
+        self._told_state: dict[str, object] = {}  # with the last beat
         self._to_probe: list[str] = []  # of this turn
         self._probing: set[str] = set()
         self._tasks = Tasks()
@@ -186,6 +190,8 @@ class Gossip:
             period_s = beat_period_s(len(self._awareness.live(now)))
             # What was promised with the last beat holds, even if the swarm has grown since.
             self._next_beat_at = min(self._next_beat_at, now + period_s)
+            if self._state() != self._told_state:
+                self._next_beat_at = min(self._next_beat_at, self._beat_at + MIN_BEAT_PERIOD_S)
             self._beat_if_due(now)
             if now >= next_summary_at and self._chosen:
                 turn += 1
@@ -197,7 +203,8 @@ class Gossip:
         if now < self._next_beat_at:
             return
         period_s = beat_period_s(len(self._awareness.live(now)))
-        told = self._awareness.beat(now, {}, ttl_s=beat_ttl_s(period_s))
+        self._told_state = dict(self._state())
+        told = self._awareness.beat(now, self._told_state, ttl_s=beat_ttl_s(period_s))
         self._beat_at, self._next_beat_at = now, now + period_s
         self._spread(News((told,)), skip=None)
 
@@ -254,7 +261,7 @@ class Gossip:
         if suspicion.author != self._switch.own_peer_id:
             self._spread(News((), (suspicion,)), skip=sender)
         else:  # soon, and once, however many say so and however often
-            self._next_beat_at = min(self._next_beat_at, self._beat_at + DENY_EVERY_S)
+            self._next_beat_at = min(self._next_beat_at, self._beat_at + MIN_BEAT_PERIOD_S)
             self._beat_if_due(now)
 
     def _take_news(self, sender: str, message: Beat, _: Mapping[str, Tensor]) -> None:

@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from covey.store.schema import MemberCard
-from covey.transport.errors import InviteInvalid
+from covey.transport.errors import InviteInvalid, TransportError
 from covey.transport.identity import Identity
 from covey.transport.invite import Invite, InviteBook
 from covey.transport.joining import redeem
-from covey.transport.membership import Swarm
+from covey.transport.membership import Keyring, Swarm
 from covey.transport.messages import MemberEntry, Welcome
 
-from .errors import ConfigError
+from .errors import ConfigError, RemovedFromSwarm
 from .home import Home
+
+logger = logging.getLogger(__name__)
 
 SWARM_FILE = "swarm.json"
 INVITES_FILE = "invites.json"
+REMOVED_FILE = "removed.json"
 MIN_ADDRESS = 3  # of the wire's `Address`; a card may hold less, and one frame must not be spoilt
 MAX_WELCOMED = 64  # members a joiner is told of; the DHT and the store tell the rest
+COME_BACK_S = 5.0  # for the inviter of a member that comes back with an invite
 
 
 @dataclass(frozen=True, slots=True)
 class Membership:
     """The swarm this node is in, and members it can be reached through at first."""
 
-    swarm: Swarm
+    keyring: Keyring
     known: tuple[MemberEntry, ...]
+
+    @property
+    def swarm(self) -> Swarm:
+        """The swarm, with the secret that this node knows as the present one."""
+        return self.keyring.current
 
 
 async def enter(
@@ -38,29 +49,55 @@ async def enter(
 
     Raises:
         ConfigError: the home belongs to another swarm, or to none and `may_found` is false.
+        RemovedFromSwarm: this node was removed from the home's swarm.
         InviteInvalid, PeerUnreachable: the invite opens nothing now.
     """
-    swarm = _saved_swarm(home)
+    removed = home.load(REMOVED_FILE)
+    if removed is not None:
+        raise RemovedFromSwarm(str(removed.get("by")), str(home.path))
+    keyring = _saved_keyring(home)
     if invite is not None:
         parsed = Invite.parse(invite, unix_time=time.time())
-        if swarm is not None and swarm.id == parsed.swarm:
-            return Membership(swarm, ())
-        if swarm is not None:
+        if keyring is not None and keyring.current.id == parsed.swarm:
+            return await _come_back(home, identity, keyring, parsed)
+        if keyring is not None:
             raise ConfigError(f"{home.path} belongs to another swarm: give this one its own --home")
         if parsed.inviter == identity.peer_id:
             raise InviteInvalid("it was made by this very node")
         welcome = await redeem(identity, parsed)
-        swarm = Swarm.from_welcome(welcome)
-        home.save(SWARM_FILE, dict(swarm.to_dict()))
-        return Membership(swarm, tuple(welcome.members))
-    if swarm is None:
+        keyring = Keyring(current=Swarm.from_welcome(welcome))
+        save_keyring(home, keyring)
+        return Membership(keyring, tuple(welcome.members))
+    if keyring is None:
         if not may_found:
             raise ConfigError(
                 f"{home.path} is in no swarm: give the invite that `covey up` printed elsewhere"
             )
-        swarm = Swarm.create(identity.peer_id)
-        home.save(SWARM_FILE, dict(swarm.to_dict()))
-    return Membership(swarm, ())
+        keyring = Keyring(current=Swarm.create(identity.peer_id))
+        save_keyring(home, keyring)
+    return Membership(keyring, ())
+
+
+async def _come_back(
+    home: Home, identity: Identity, keyring: Keyring, invite: Invite
+) -> Membership:
+    """With an invite to the swarm we are in: it helps whoever was away for too long.
+
+    Whatever goes wrong, the node goes on with what it has, as it would without an invite.
+    """
+    if invite.inviter == identity.peer_id:
+        return Membership(keyring, ())
+    try:
+        async with asyncio.timeout(COME_BACK_S):
+            welcome = await redeem(identity, invite)
+    except (TransportError, TimeoutError) as error:
+        logger.info("the invite was of no use to this member: %s", error)
+        return Membership(keyring, ())
+    if welcome.epoch > keyring.current.epoch:
+        swarm = Swarm.from_welcome(welcome)
+        keyring = keyring.adopt(swarm, by=None, unix_time=time.time())
+        save_keyring(home, keyring)
+    return Membership(keyring, tuple(welcome.members))
 
 
 def load_invites(home: Home) -> InviteBook:
@@ -77,6 +114,17 @@ def load_invites(home: Home) -> InviteBook:
 def save_invites(home: Home, invites: InviteBook) -> None:
     """Keep the invites over a restart; raises ConfigError."""
     home.save(INVITES_FILE, invites.to_dict())
+
+
+def save_keyring(home: Home, keyring: Keyring) -> None:
+    """Keep the secrets over a restart; raises ConfigError."""
+    home.save(SWARM_FILE, keyring.to_dict())
+
+
+def save_removal(home: Home, by: str) -> RemovedFromSwarm:
+    """Keep for good that this node was removed, and by whom; the error that says so."""
+    home.save(REMOVED_FILE, {"by": by})
+    return RemovedFromSwarm(by, str(home.path))
 
 
 def make_welcome(swarm: Swarm, members: Iterable[MemberEntry]) -> Welcome:
@@ -101,12 +149,12 @@ def entry_of(card: MemberCard) -> MemberEntry:
     )
 
 
-def _saved_swarm(home: Home) -> Swarm | None:
+def _saved_keyring(home: Home) -> Keyring | None:
     state = home.load(SWARM_FILE)
     if state is None:
         return None
     try:
-        return Swarm.from_dict(state)
+        return Keyring.from_dict(state)
     except ValueError as error:
         raise ConfigError(
             f"{home.path / SWARM_FILE} is damaged: remove it, then join again"

@@ -19,26 +19,40 @@ from covey.partition.choose import Prefer
 from covey.store.awareness import Awareness
 from covey.store.disk import Disk
 from covey.store.replica import Replica
-from covey.store.schema import MemberCard, Ready
+from covey.store.schema import MemberCard, Ready, Revocation
 from covey.store.views import Views
 from covey.transport.control import ControlPlane
 from covey.transport.errors import LinkClosed, PeerLeft, TransportError
+from covey.transport.frame import Frame
 from covey.transport.identity import Identity, verify
+from covey.transport.membership import Swarm
 from covey.transport.mesh import Mesh
-from covey.transport.messages import Forward, JoinRequest, Welcome
+from covey.transport.messages import Forward, JoinRequest, MembershipNotice, Welcome
 from covey.transport.peer import Peer
 
 from .api.server import ApiServer
 from .catalog import Catalog, LocalModel
 from .config import NodeConfig
+from .control import Control
 from .discovery import Discovery
 from .engines import Engines
-from .errors import NotReady
-from .facts import status_facts
+from .epochs import Epochs
+from .errors import NotReady, RemovedFromSwarm
+from .facts import member_facts, status_facts
 from .generation import Generator
 from .gossip import Gossip
 from .home import Home
-from .membership import Membership, enter, entry_of, load_invites, make_welcome, save_invites
+from .members import Members
+from .membership import (
+    Membership,
+    enter,
+    entry_of,
+    load_invites,
+    make_welcome,
+    save_invites,
+    save_keyring,
+    save_removal,
+)
 from .pipeline import Pipelines
 from .planning import Planning
 from .route import Route
@@ -60,7 +74,6 @@ class Node:
         self.home = home
         self.identity = identity
         self.peer_id = identity.peer_id
-        self.swarm = entry.swarm
         self.started_at = time.time()
         self.stop_requested = asyncio.Event()
         self.engines = Engines(
@@ -73,7 +86,7 @@ class Node:
         self._disk = Disk(home.store)
         self.replica = Replica(
             self.peer_id,
-            swarm=self.swarm.id,
+            swarm=entry.swarm.id,
             sign=identity.sign,
             verify=verify,
             is_member=self._is_allowed,
@@ -83,7 +96,7 @@ class Node:
         self.views = Views(self.replica)
         self.awareness = Awareness(
             self.peer_id,
-            swarm=self.swarm.id,
+            swarm=entry.swarm.id,
             sign=identity.sign,
             verify=verify,
             is_member=self._is_allowed,
@@ -97,16 +110,42 @@ class Node:
         self.switch.on_message(Forward, self._take_forward)
         self.mesh = Mesh(
             identity,
-            self.swarm,
+            entry.swarm,
             listen=[(config.host, config.port)],
             invites=self.invites,
             is_allowed=self._is_allowed,
-            handler=self.switch.receive,
+            handler=self._receive,
             on_up=self._link_up,
             on_down=self._link_down,
             welcome=self._welcome,
         )
+        self.members = Members(
+            identity,
+            swarm=entry.swarm.id,
+            founder=entry.swarm.founder,
+            replica=self.replica,
+            views=self.views,
+            awareness=self.awareness,
+            mesh=self.mesh,
+            on_removed=self._member_removed,
+            on_standing=lambda: self.epochs.look(),
+        )
         rng = random.Random(secrets.randbits(64))  # noqa: S311  spreads load, guards nothing
+        self.epochs = Epochs(
+            identity,
+            entry.keyring,
+            members=self.members,
+            mesh=self.mesh,
+            switch=self.switch,
+            save=lambda keyring: save_keyring(home, keyring),
+            on_new_secret=self._secret_changed,
+            clock=clock,
+            rng=rng,
+        )
+        self.removed: RemovedFromSwarm | None = None  # this node itself
+        self.switch.on_message(
+            MembershipNotice, lambda _, notice, __: self.members.take_notice(notice.statements)
+        )
         self.gossip = Gossip(
             self.mesh,
             self.switch,
@@ -115,25 +154,21 @@ class Node:
             clock,
             rng,
             watched=self._plan_partners,
+            state=lambda: {"epoch": self.swarm.epoch},
         )
-        self.control = ControlPlane(
-            private_key=identity.seed,
-            psk=self.swarm.libp2p_psk,
-            swarm=self.swarm.id,
-            listen=(config.host,),
-            mdns=config.mdns,
-        )
+        self.control = Control(self._make_control, on_new=self._control_replaced, rng=rng)
         self.discovery = Discovery(
-            control=self.control,
+            control=self.control.plane,
             mesh=self.mesh,
             views=self.views,
             home=home,
-            swarm=self.swarm.id,
+            swarm=entry.swarm.id,
             own_peer_id=self.peer_id,
             known=entry.known,
             is_allowed=self._is_allowed,
             live=self.live_peers,
             rng=rng,
+            on_failed=self.epochs.dial_failed,
         )
         self.planning = Planning(self)
         self.generator = Generator(
@@ -188,6 +223,21 @@ class Node:
         save_invites(self.home, self.invites)
         return str(invite)
 
+    def members_facts(self) -> dict[str, Any]:
+        """See `Service.members_facts`."""
+        return member_facts(self)
+
+    def remove_member(self, member: str) -> dict[str, Any]:
+        """See `Service.remove_member`."""
+        revocation = self.epochs.remove(member)
+        return {"removed": {"peer_id": revocation.member, "name": revocation.name}}
+
+    def allow_member(self, member: str) -> dict[str, Any]:
+        """See `Service.allow_member`."""
+        delegation = self.members.allow(member)
+        name = self.members.name_of(delegation.member)
+        return {"allowed": {"peer_id": delegation.member, "name": name}}
+
     def request_stop(self) -> None:
         """See `Service.request_stop`."""
         self.stop_requested.set()
@@ -219,16 +269,26 @@ class Node:
 
     async def _run_loops(self) -> None:
         async with asyncio.TaskGroup() as group:
-            for loop in (self.gossip.run, self.discovery.run, self.planning.run, self._expire):
+            for loop in (
+                self.gossip.run,
+                self.discovery.run,
+                self.planning.run,
+                self.epochs.run,
+                self.control.run,
+                self._expire,
+            ):
                 group.create_task(loop(), name=loop.__qualname__)
 
     async def wait(self) -> None:
         """Until somebody asks the node to stop.
 
         Raises:
+            RemovedFromSwarm: it is no member any more.
             ExceptionGroup: one of its loops failed, which is a bug.
         """
         await self.stop_requested.wait()
+        if self.removed is not None:
+            raise self.removed
         if self._loops.done():
             self._loops.result()
 
@@ -246,6 +306,7 @@ class Node:
         await self.pipelines.aclose()
         await self.server.aclose()
         await self.discovery.aclose()
+        await self.epochs.aclose()
         await self.gossip.aclose()
         await self.switch.aclose()
         self._loops.cancel()
@@ -275,12 +336,37 @@ class Node:
         while True:
             await asyncio.sleep(EXPIRE_S)
             self.server.expire()
+            self.members.saw(self.live_peers(), unix_time=time.time())
+
+    def _make_control(self) -> ControlPlane:
+        return ControlPlane(
+            private_key=self.identity.seed,
+            psk=self.swarm.libp2p_psk,
+            swarm=self.swarm.id,
+            listen=(self.config.host,),
+            mdns=self.config.mdns,
+        )
+
+    def _secret_changed(self, swarm: Swarm) -> None:
+        """Hand the new secret to all that has keys of its own; the mesh has it already."""
+        logger.info("keys of epoch %d are in use", swarm.epoch)
+        self.control.follow()
+
+    def _control_replaced(self, plane: ControlPlane) -> None:
+        self.discovery.use_control(plane)
+        self._publish_card()
 
     # --- links -------------------------------------------------------------------------------
 
+    @property
+    def swarm(self) -> Swarm:
+        """The swarm, with the secret that this node uses now."""
+        return self.epochs.swarm
+
     def live_peers(self) -> frozenset[str]:
         """Members heard of lately, ourselves included."""
-        return frozenset({self.peer_id, *self.awareness.live(self.clock())})
+        heard = filter(self._is_allowed, self.awareness.live(self.clock()))
+        return frozenset({self.peer_id, *heard})
 
     def _plan_partners(self) -> set[str]:
         """Those who hold another stage of a plan that we hold a stage of."""
@@ -288,8 +374,23 @@ class Node:
         return {peer for plan in plans for peer in plan.peers} - {self.peer_id}
 
     def _is_allowed(self, peer_id: str) -> bool:
-        """Every holder of the secret is; removal comes with its own issue and asks here."""
-        return bool(peer_id)
+        """Every holder of the secret is a member, unless it was removed."""
+        return self.members.is_allowed(peer_id)
+
+    def _receive(self, peer: Peer, frame: Frame) -> None:
+        if self._is_allowed(peer.peer_id):  # a removed one's link lives for its last words only
+            self.switch.receive(peer, frame)
+
+    def _member_removed(self, revocation: Revocation) -> None:
+        peer_id = revocation.member
+        if peer_id == self.peer_id:
+            self.removed = save_removal(self.home, self.members.name_of(revocation.by))
+            self.request_stop()
+            return
+        self.discovery.forget(peer_id)
+        self.server.peer_lost(peer_id)
+        self.pipelines.peer_lost(peer_id)
+        self.planning.wake()
 
     def _link_up(self, peer: Peer) -> None:
         self.gossip.link_up(peer.peer_id)
@@ -307,6 +408,7 @@ class Node:
         logger.info("a new member joins", extra={"peer": joiner[-8:]})
         self.mesh.learn(joiner, request.addresses)
         save_invites(self.home, self.invites)
+        self.members.admitted(joiner, epoch=self.swarm.epoch)
         return make_welcome(self.swarm, map(entry_of, self.views.members().values()))
 
     def _take_forward(self, sender: str, message: Forward, tensors: Any) -> None:

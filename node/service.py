@@ -139,5 +139,22 @@ class Service(Protocol):
     def invite(self, *, ttl_s: float, uses: int) -> str:
         """A new invite, one pasteable string."""
 
+    def members_facts(self) -> dict[str, Any]:
+        """JSON facts: who is in the swarm, who was removed and by whom."""
+
+    def remove_member(self, member: str) -> dict[str, Any]:
+        """Remove a member for good; the facts of what was done.
+
+        Args:
+            member: name, peer id, or the last characters of one.
+
+        Raises:
+            InvalidRequest: none or several are called so, or it cannot be removed.
+            NotAllowed: this node may not remove it.
+        """
+
+    def allow_member(self, member: str) -> dict[str, Any]:
+        """Let a member remove others; only the founder may. Arguments and errors as above."""
+
     def request_stop(self) -> None:
         """Ask the node to stop gracefully."""

@@ -13,11 +13,15 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 import msgspec
 from msgspec import Meta
 
-from .envelope import AuthorId
+from .envelope import AuthorId, Signature
 from .errors import RecordMalformed
 
 MAX_RELAYS = 4  # that a member behind a NAT can be reached through
 MAX_BLOCKS = 1024  # the deepest model known has 126
+# A rotation has to fit into one value: 256 copies take 43 KiB in JSON, 256 names 14 KiB.
+MAX_REMOVED = 256
+MAX_COPIES = 256
+MAX_EPOCH = 1 << 31
 
 Digest: TypeAlias = Annotated[str, Meta(pattern=r"\A[0-9a-f]{16,128}\Z")]
 Sha256: TypeAlias = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
@@ -27,6 +31,9 @@ Count: TypeAlias = Annotated[int, Meta(ge=1, le=2**31)]
 NBytes: TypeAlias = Annotated[int, Meta(ge=0, le=2**53)]
 Epoch: TypeAlias = Annotated[int, Meta(ge=0, le=2**53)]
 UnixSeconds: TypeAlias = Annotated[float, Meta(ge=0, le=2**53)]
+WholeSeconds: TypeAlias = Annotated[int, Meta(ge=0, le=2**40)]  # unix time, in what is signed
+MemberEpoch: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_EPOCH)]  # of the swarm's secret
+SealedSecret: TypeAlias = Annotated[bytes, Meta(min_length=32, max_length=128)]
 BlockIdx: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_BLOCKS)]
 FullSharedPattern: TypeAlias = Annotated[
     str, Meta(pattern=r"\AF[FS]*\Z", max_length=MAX_BLOCKS)
@@ -205,6 +212,73 @@ class IndexCache(Record, frozen=True, kw_only=True):
     def key(self) -> str:
         """One per model."""
         return f"{self.prefix}{self.model}"
+
+
+class Admission(Record, frozen=True, kw_only=True):
+    """The author's word that it let a machine in by an invite; so one knows who is a member."""
+
+    prefix = "admission/"
+
+    member: AuthorId
+    at: WholeSeconds
+    epoch: MemberEpoch  # of the secret that it was given
+
+    @property
+    def key(self) -> str:
+        """One per machine let in."""
+        return f"{self.prefix}{self.member}"
+
+
+class Delegation(Record, frozen=True, kw_only=True):
+    """The founder's word that a member may remove others; signed, see `node/standing.py`."""
+
+    prefix = "delegation/"
+
+    member: AuthorId
+    by: AuthorId
+    at: WholeSeconds
+    signature: Signature
+
+    @property
+    def key(self) -> str:
+        """One per member."""
+        return f"{self.prefix}{self.member}"
+
+
+class Revocation(Record, frozen=True, kw_only=True):
+    """A member is one no longer; signed for itself, so that it can travel outside the store too."""
+
+    prefix = "revocation/"
+
+    member: AuthorId
+    name: Name  # as it called itself; its own card is gone from now on
+    by: AuthorId
+    at: WholeSeconds
+    signature: Signature
+
+    @property
+    def key(self) -> str:
+        """One per member."""
+        return f"{self.prefix}{self.member}"
+
+
+class Rotation(Record, frozen=True, kw_only=True):
+    """The swarm has a new secret: what it must hash to, and a sealed copy for each member.
+
+    Signed for itself but for the copies, which whoever opens one compares with `commitment`.
+    """
+
+    prefix = "rotation"
+
+    epoch: Annotated[int, Meta(ge=1, le=MAX_EPOCH)]
+    by: AuthorId
+    at: WholeSeconds
+    commitment: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    without: Annotated[
+        tuple[AuthorId, ...], Meta(max_length=MAX_REMOVED)
+    ]  # removed by then, sorted
+    copies: Annotated[dict[AuthorId, SealedSecret], Meta(max_length=MAX_COPIES)]
+    signature: Signature
 
 
 def _check_endpoint(address: str) -> None:

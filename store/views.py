@@ -14,6 +14,8 @@ from typing import Generic, TypeVar
 from .errors import RecordMalformed
 from .replica import Replica
 from .schema import (
+    Admission,
+    Delegation,
     IndexCache,
     MemberCard,
     ModelManifest,
@@ -21,6 +23,8 @@ from .schema import (
     ProfileRecord,
     Ready,
     Record,
+    Revocation,
+    Rotation,
 )
 
 R = TypeVar("R", bound=Record)
@@ -68,6 +72,19 @@ class Views:
         """Which member holds which prefixes, and the patterns they were made with."""
         return list(self._records(IndexCache, IndexCache.prefix))
 
+    def admissions(self) -> list[Authored[Admission]]:
+        """Who says to have let in whom; anybody may say so of anybody."""
+        return list(self._records(Admission, Admission.prefix))
+
+    def statements(self) -> list[Delegation | Revocation | Rotation]:
+        """Signed statements about membership, each by its author; signatures are not checked."""
+        kinds: tuple[type[Delegation | Revocation | Rotation], ...] = (
+            Delegation,
+            Revocation,
+            Rotation,
+        )
+        return [entry.record for kind in kinds for entry in self._records(kind, kind.prefix)]
+
     def _records(self, kind: type[R], prefix: str) -> Iterator[Authored[R]]:
         self.skipped = {at: why for at, why in self.skipped.items() if not at[1].startswith(prefix)}
         for author, key, value in self._replica.items(prefix):
@@ -84,5 +101,11 @@ def _check_place(record: Record, *, author: str, key: str) -> None:
     if record.key != key:
         raise RecordMalformed("it is stored under the key of another record")
     match record:
-        case MemberCard(peer_id=speaker) | PlanRecord(proposer=speaker) if speaker != author:
+        case (
+            MemberCard(peer_id=speaker)
+            | PlanRecord(proposer=speaker)
+            | Delegation(by=speaker)
+            | Revocation(by=speaker)
+            | Rotation(by=speaker)
+        ) if speaker != author:
             raise RecordMalformed("it speaks for another member")

@@ -1,4 +1,4 @@
-"""`python -m testbed`: run the lab's scenarios and print what was measured.
+"""`python -m testbed LAB`: run one of the labs and print what was measured.
 
 The last line is one JSON object. A missed target is printed and counted, and does not change the
 exit status; only a failure to measure does.
@@ -9,26 +9,30 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Sequence
 
-from benchmarks.rows import Row, report
+from benchmarks.rows import report
 
 from covey.errors import CoveyError
 
-from . import namespaces, two_hosts
+from . import namespaces
+from .labs import LABS, LabModule
+
+DEFAULT = "two-hosts"
 
 
-def main() -> int:
+def main(argv: Sequence[str]) -> int:
     """Enter the lab, run, report; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m testbed", description=__doc__)
-    parser.add_argument("--mdns", choices=("on", "off", "both"), default="both")
-    arguments = parser.parse_args()
+    arguments = _parser().parse_args(argv if argv[:1] and argv[0] in LABS else [DEFAULT, *argv])
+    lab: LabModule = LABS[arguments.lab]
     try:
         if not namespaces.is_inside():
             namespaces.check_available()
-            return namespaces.enter("testbed", sys.argv[1:])
-        rows = _run(namespaces.prepare(), arguments.mdns)
+            return namespaces.enter("testbed", argv)
+        rows = lab.measure(namespaces.prepare(), arguments)
+    except namespaces.LabBroken as error:
+        print(f"the lab is broken: {error}", file=sys.stderr)
+        return 1
     except (namespaces.LabUnavailable, CoveyError, subprocess.SubprocessError) as error:
         print(f"the lab could not measure: {error}", file=sys.stderr)
         return 1
@@ -36,14 +40,14 @@ def main() -> int:
     return 0
 
 
-def _run(folder: Path, mdns: str) -> list[Row]:
-    rows: list[Row] = []
-    for choice in ("on", "off"):
-        if mdns in (choice, "both"):
-            measured = two_hosts.measure(folder / f"mdns-{choice}", mdns=choice == "on")
-            rows += [replace(row, figure=f"{row.figure}, mDNS {choice}") for row in measured]
-    return rows
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m testbed", description=__doc__)
+    labs = parser.add_subparsers(dest="lab", required=True, metavar="LAB")
+    for name, lab in LABS.items():
+        summary = (lab.__doc__ or "").partition("\n")[0]
+        lab.add_options(labs.add_parser(name, help=summary, description=lab.__doc__))
+    return parser
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

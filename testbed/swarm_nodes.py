@@ -73,7 +73,7 @@ class Nodes:
 
     async def _lookup(self, name: str, peer: str) -> dict[str, Any]:
         started_at = time.perf_counter()
-        record = await self._nodes[name].control.lookup(peer)
+        record = await self._nodes[name].control.plane.lookup(peer)
         took_s = time.perf_counter() - started_at
         return {"found": record is not None and record.peer_id == peer, "took_s": took_s}
 

@@ -23,7 +23,7 @@ MAX_BODY_BYTES = 64 << 20  # a prefill chunk of 2048 x 8192 fp32
 MAX_TENSORS = 4
 MAX_DIMS = 8
 
-_RequestNumber = Annotated[int, Meta(ge=0, le=1 << 53)]
+_Number = Annotated[int, Meta(ge=0, le=1 << 53)]
 
 
 class _Descriptor(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -43,8 +43,10 @@ class _Descriptor(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tr
 class _Header(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     message: AnyMessage
     tensors: Annotated[tuple[_Descriptor, ...], Meta(max_length=MAX_TENSORS)] = ()
-    request: _RequestNumber | None = None
-    reply_to: _RequestNumber | None = None
+    request: _Number | None = None
+    reply_to: _Number | None = None
+    number: _Number = 0
+    ack: _Number = 0
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -73,7 +75,14 @@ def encode_frame(frame: Frame) -> tuple[bytes, list[memoryview]]:
         if data.nbytes:
             buffers.append(data.cast("B"))
     header = _encoder.encode(
-        _Header(frame.message, tuple(descriptors), frame.request, frame.reply_to)
+        _Header(
+            frame.message,
+            tuple(descriptors),
+            frame.request,
+            frame.reply_to,
+            frame.number,
+            frame.ack,
+        )
     )
     check_lengths(len(header), sum(len(data) for data in buffers))
     return header, buffers
@@ -94,6 +103,8 @@ def decode_frame(header: Buffer, body: Buffer) -> Frame:
         tensors=_tensors(decoded.tensors, memoryview(body)) if decoded.tensors or body else {},
         request=decoded.request,
         reply_to=decoded.reply_to,
+        number=decoded.number,
+        ack=decoded.ack,
     )
 
 

@@ -21,6 +21,7 @@ Only the `ErrorCode` of an error ever crosses a link, never its text.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from enum import StrEnum
 
 from covey.errors import CoveyError
@@ -33,8 +34,10 @@ class ErrorCode(StrEnum):
     FRAME_TOO_LARGE = "frame_too_large"
     UNSUPPORTED_VERSION = "unsupported_version"
     NOT_A_MEMBER = "not_a_member"
+    EPOCH_OVER = "epoch_over"  # the secret was good once: ask for the one of now
     INVITE_INVALID = "invite_invalid"
     UNKNOWN_MESSAGE = "unknown_message"
+    UNKNOWN_LINK = "unknown_link"
     UNKNOWN_PLAN = "unknown_plan"
     WRONG_EPOCH = "wrong_epoch"
     UNKNOWN_SESSION = "unknown_session"
@@ -44,6 +47,9 @@ class ErrorCode(StrEnum):
     TOO_MANY_SESSIONS = "too_many_sessions"
     DEADLINE_EXCEEDED = "deadline_exceeded"
     PEER_LOST = "peer_lost"
+    RELAY_REFUSED = "relay_refused"
+    RELAY_FULL = "relay_full"
+    RELAY_NO_LINK = "relay_no_link"
     NOT_READY = "not_ready"
     SHUTTING_DOWN = "shutting_down"
     INTERNAL = "internal"
@@ -54,12 +60,16 @@ class TransportError(CoveyError):
 
 
 class PeerUnreachable(TransportError):
-    """No path to the peer worked; try another replica, or this one later."""
+    """No path to the peer worked; try another replica, or this one later.
 
-    def __init__(self, peer_id: str, reason: str) -> None:
+    `refused` are the addresses where a machine answered that nobody listens.
+    """
+
+    def __init__(self, peer_id: str, reason: str, *, refused: Collection[str] = ()) -> None:
         super().__init__(f"cannot reach peer {peer_id[-8:]}: {reason}")
         self.peer_id = peer_id
         self.reason = reason
+        self.refused = frozenset(refused)
 
 
 class LinkClosed(TransportError):

@@ -27,10 +27,13 @@ class Tensor:
 class Frame:
     """What a link carries: delivered whole, in order, once, or not at all.
 
-    `request` numbers a frame that wants an answer; the answer carries it as `reply_to`.
+    `request` numbers a frame that wants an answer; the answer carries it as `reply_to`. `number`
+    and `ack` belong to the link (`steady/ledger.py`) and are 0 everywhere else.
     """
 
     message: AnyMessage
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     request: int | None = None
     reply_to: int | None = None
+    number: int = 0
+    ack: int = 0

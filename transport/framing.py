@@ -22,7 +22,7 @@ from zlib import crc32
 from .codec import check_lengths
 from .errors import MalformedFrame, UnsupportedVersion
 from .frame import Buffer, Frame
-from .messages import PROTOCOL_VERSION, Failure, Goodbye, Ping, Pong
+from .messages import PROTOCOL_VERSION, Ack, Failure, Goodbye, Ping, Pong
 
 SEGMENT_BYTES = 256 << 10  # 0.4 s at 5 Mbit/s: what a heartbeat may wait for on the slowest link
 MAX_SEGMENT_BYTES = 1 << 20
@@ -50,7 +50,7 @@ def stream_of(frame: Frame) -> int:
     match frame.message:
         case Ping() if frame.tensors:
             return _PROBE_STREAM
-        case Ping() | Pong() | Goodbye():
+        case Ping() | Pong() | Ack() | Goodbye():
             return URGENT_STREAM
         case Failure() if frame.reply_to is None:
             return URGENT_STREAM

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from typing import Self
 
 from .errors import LinkBroken, LinkTimeout, MalformedFrame, RefusedByPeer
+from .frame import Frame
 from .identity import Identity
 from .invite import Token
-from .link import LinkKind
+from .link import Link, LinkKind
 from .membership import Swarm
-from .messages import Admitted, Failure
+from .messages import Admitted, Failure, Hello, Receipt
 from .preamble import NONCE_BYTES, build_preamble
 from .stream_link import StreamLink, open_stream_link
 from .tls import TlsContexts, authenticate, build_contexts
@@ -49,22 +50,11 @@ class Credentials:
         return cls(token.id, token.preamble_key, contexts)
 
 
-async def dial(
-    connection: socket.socket,
-    credentials: Credentials,
-    *,
-    peer_id: str,
-    is_allowed: Callable[[str], bool],
-    kind: LinkKind = LinkKind.DIRECT,
-) -> StreamLink:
-    """The dialer's side, up to the other's admission; owns the socket from here.
+def announce(connection: socket.socket, credentials: Credentials, *, peer_id: str) -> bytes:
+    """Send a preamble for `peer_id` on a fresh socket; returns it.
 
     Raises:
-        LinkBroken: the listener hung up, as it does on a wrong secret, or TLS failed.
-        NotAMember: another identity answers.
-        RefusedByPeer: the listener knows us and will not have us.
-        LinkClosed: the listener has another link to us already.
-        LinkTimeout: it did not say.
+        LinkBroken: the listener hung up.
     """
     preamble = build_preamble(
         key_id=credentials.key_id,
@@ -76,8 +66,47 @@ async def dial(
     try:
         connection.send(preamble)  # a fresh socket has room for 77 bytes
     except OSError as error:
-        connection.close()
         raise LinkBroken("the listener hung up") from error
+    return preamble
+
+
+async def dial(
+    connection: socket.socket,
+    credentials: Credentials,
+    *,
+    peer_id: str,
+    is_allowed: Callable[[str], bool],
+    hello: Hello | None = None,
+    kind: LinkKind = LinkKind.DIRECT,
+    is_announced: bool = False,
+) -> tuple[StreamLink, Receipt]:
+    """The dialer's side, up to the other's admission; owns the socket from here.
+
+    Args:
+        connection: connected; nothing was sent on it yet, or only the preamble.
+        credentials: of the swarm, or of an invite.
+        peer_id: whom to expect.
+        is_allowed: False for whoever was revoked.
+        hello: which link this is to carry; None for an invite's, which no other will.
+        kind: what the connection is.
+        is_announced: whether the preamble was sent already, by `announce`.
+
+    Returns:
+        The carrier, and what the peer has of the link already.
+
+    Raises:
+        LinkBroken: the listener hung up, as it does on a wrong secret, or TLS failed.
+        NotAMember: another identity answers.
+        RefusedByPeer: the listener knows us and will not have us.
+        LinkClosed: the listener has another link to us already.
+        LinkTimeout: it did not say.
+    """
+    if not is_announced:
+        try:
+            announce(connection, credentials, peer_id=peer_id)
+        except LinkBroken:
+            connection.close()
+            raise
     link = await open_stream_link(
         connection,
         context=credentials.contexts.client,
@@ -86,13 +115,24 @@ async def dial(
         kind=kind,
         handshake_s=HANDSHAKE_S,
     )
-    is_admitted = False
+    return link, await introduce(link, hello)
+
+
+async def introduce(carrier: Link, hello: Hello | None) -> Receipt:
+    """The dialer's first word on a carrier, and the answer; a carrier not admitted is aborted.
+
+    Raises:
+        RefusedByPeer, LinkClosed, LinkBroken, LinkTimeout: as `dial`.
+    """
+    admitted: Receipt | None = None
     try:
+        if hello is not None:
+            carrier.post(Frame(message=hello))
         async with asyncio.timeout(ADMISSION_S):
-            first = await link.receive()
+            first = await carrier.receive()
         match first.message:
-            case Admitted():
-                is_admitted = True
+            case Admitted(received=received):
+                admitted = received
             case Failure(code=code):
                 raise RefusedByPeer(code)
             case _:
@@ -100,9 +140,30 @@ async def dial(
     except TimeoutError as error:
         raise LinkTimeout("the handshake", ADMISSION_S) from error
     finally:
-        if not is_admitted:
-            link.abort(MalformedFrame("not admitted"))
-    return link
+        if admitted is None:
+            carrier.abort(MalformedFrame("not admitted"))
+    return admitted
+
+
+async def hear_hello(carrier: Link) -> Hello:
+    """The first word of a member that dialled us.
+
+    Raises:
+        LinkTimeout, MalformedFrame, LinkClosed, LinkBroken: there was none; the carrier is aborted.
+    """
+    hello: Hello | None = None
+    try:
+        async with asyncio.timeout(ADMISSION_S):
+            first = await carrier.receive()
+        if not isinstance(first.message, Hello):
+            raise MalformedFrame("the peer did not say which link it wants")
+        hello = first.message
+    except TimeoutError as error:
+        raise LinkTimeout("the handshake", ADMISSION_S) from error
+    finally:
+        if hello is None:
+            carrier.abort(MalformedFrame("no hello"))
+    return hello
 
 
 async def accept(

@@ -27,9 +27,9 @@ from .frame import Frame
 from .handshake import Credentials, dial
 from .identity import Identity
 from .invite import Invite, InviteBook
-from .link import Link
+from .link import Link, LinkKind
 from .messages import Admitted, Failure, JoinRequest, Welcome
-from .paths import PathManager
+from .paths import direct_ways, open_path
 
 ANSWER_S = 10.0
 DIAL_S = 15.0
@@ -52,11 +52,19 @@ async def redeem(identity: Identity, invite: Invite, *, addresses: Sequence[str]
     """
     credentials = Credentials.of_token(invite.token, identity)
 
-    async def secure(connection: socket.socket, peer_id: str) -> Link:
-        return await dial(connection, credentials, peer_id=peer_id, is_allowed=lambda _: True)
+    async def secure(connection: socket.socket, kind: LinkKind) -> Link:
+        link, _ = await dial(
+            connection,
+            credentials,
+            peer_id=invite.inviter,
+            is_allowed=lambda _: True,
+            kind=kind,
+        )
+        return link
 
+    ways = direct_ways(invite.addresses)
     try:
-        link = await PathManager(secure).open(invite.inviter, invite.addresses, DIAL_S)
+        link = await open_path(invite.inviter, ways, (), secure, deadline_s=DIAL_S)
     except RefusedByPeer as error:
         raise InviteInvalid("the inviter does not let this machine in") from error
     except LinkClosed as error:

@@ -51,8 +51,8 @@ class Link(Protocol):
         """Bytes taken from the carrier so far, headers included."""
 
     async def send(self, frame: Frame) -> None:
-        """Queue a frame; waits while the send buffer is full. Tensors are not copied: do not
-        modify them afterwards.
+        """Queue a frame; waits while the send buffer is full, and may do so until somebody waits
+        in `receive`. Tensors are not copied: do not modify them afterwards.
 
         Raises:
             LinkClosed, LinkBroken: the link ended; the frame may or may not have arrived.
@@ -75,6 +75,9 @@ class Link(Protocol):
             LinkClosed, LinkBroken: there will be no more.
             ProtocolViolation: the peer sent something wrong; the link has closed itself.
         """
+
+    def suspect(self) -> None:
+        """The peer has not been heard of for too long: find another way to it, or end as broken."""
 
     def abort(self, error: TransportError) -> None:
         """End the link now, unflushed; `send` and `receive` raise `error` from here on."""

@@ -1,13 +1,15 @@
 """The door: listens, and lets nobody see who lives here before they have shown a good preamble.
 
-Strangers cost little: a bounded number of half-open connections, a budget of failures for each
-address, and only an HMAC before anything is said or any signature is checked.
+Strangers cost little: a bounded number of connections that have not said anything yet, of which
+the oldest goes first (a member's preamble is here a round trip after it connected), a budget of
+failures for each address, and only an HMAC before anything is said or any signature is checked.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import ipaddress
 import logging
 import socket
 import time
@@ -22,7 +24,8 @@ from .tasks import Tasks
 logger = logging.getLogger(__name__)
 
 PREAMBLE_S = 5.0
-MAX_HALF_OPEN = 128
+MAX_SILENT = 128  # connections whose preamble has not come yet
+MAX_HALF_OPEN = 128  # connections of those that hold a key, until they are let in
 # Failures an address may have, and how fast they are forgiven. Members behind one router share an
 # address: what they have under way counts, what succeeds is given back.
 BUDGET = 64
@@ -43,6 +46,7 @@ class AddressBudget:
 
     def take(self, host: str, *, now: float) -> bool:
         """Charge one connection; False if the address has none left."""
+        host = _network(host)
         left = self._left(host, now)
         if left < 1.0:
             return False
@@ -51,6 +55,7 @@ class AddressBudget:
 
     def give_back(self, host: str, *, now: float) -> None:
         """The connection turned out to be a member's."""
+        host = _network(host)
         self._store(host, min(self._left(host, now) + 1.0, BUDGET), now)
 
     def _left(self, host: str, now: float) -> float:
@@ -62,6 +67,17 @@ class AddressBudget:
         self._buckets.move_to_end(host)
         if len(self._buckets) > MAX_TRACKED:
             self._buckets.popitem(last=False)
+
+
+def _network(host: str) -> str:
+    """What one owner has many of is one source: an IPv6 network of 64 bits."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:  # with a zone: link-local, one machine
+        return host
+    if address.version == 4:
+        return host
+    return str(ipaddress.IPv6Address(int(address) >> 64 << 64))
 
 
 class Listener:
@@ -79,19 +95,27 @@ class Listener:
         self._sockets: list[socket.socket] = []
         self._tasks = Tasks()
         self._budget = AddressBudget()
+        self._silent: OrderedDict[socket.socket, asyncio.Task[None]] = OrderedDict()
         self._n_half_open = 0
         self._complained: set[str] = set()
 
     @property
     def addresses(self) -> tuple[str, ...]:
         """Each "host:port" another machine may dial, the most useful first."""
-        bound = [listening.getsockname()[:2] for listening in self._sockets]
         found = [
             format_address(reachable, port)
-            for host, port in bound
+            for host, port in self.bound
             for reachable in reachable_hosts(host)
         ]
         return tuple(found[:MAX_ADDRESSES])
+
+    @property
+    def bound(self) -> tuple[tuple[str, int], ...]:
+        """Host and port of each listening socket; the host may be "0.0.0.0" or "::"."""
+        return tuple(
+            (str(host), int(port))
+            for host, port in (listening.getsockname()[:2] for listening in self._sockets)
+        )
 
     def start(self) -> None:
         """Bind, and accept from now on.
@@ -129,23 +153,33 @@ class Listener:
                 await asyncio.sleep(_OUT_OF_FILES_S)
                 continue
             host = str(address[0])
-            if self._n_half_open >= MAX_HALF_OPEN or not self._budget.take(host, now=loop.time()):
+            if not self._budget.take(host, now=loop.time()):
                 self._refuse(connection, host, "too many connections")
                 continue
-            self._n_half_open += 1
-            self._tasks.spawn(self._screen(connection, (host, int(address[1]))), "screen")
+            if len(self._silent) >= MAX_SILENT:
+                self._silent.popitem(last=False)[1].cancel()
+            screening = self._screen(connection, (host, int(address[1])))
+            self._silent[connection] = self._tasks.spawn(screening, "screen")
+            await asyncio.sleep(0)  # it begins, and from then on closes what it was given
 
     async def _screen(self, connection: socket.socket, source: tuple[str, int]) -> None:
         host = source[0]
         loop = asyncio.get_running_loop()
         is_ours = True  # to close
+        is_counted = False
         try:
             async with asyncio.timeout(PREAMBLE_S):
                 preamble = await _receive_exactly(connection, PREAMBLE_BYTES)
+            self._silent.pop(connection, None)
             verdict, key_id = self._gate.judge(preamble, unix_time=time.time())
             if verdict is not Verdict.GOOD:
                 self._refuse(connection, host, verdict.value)
                 return
+            if self._n_half_open >= MAX_HALF_OPEN:
+                self._refuse(connection, host, "too many connections")
+                return
+            self._n_half_open += 1
+            is_counted = True
             is_ours = False
             if await self._on_connection(connection, key_id, source):
                 self._budget.give_back(host, now=loop.time())
@@ -154,8 +188,9 @@ class Listener:
         except TransportError as error:
             self._complain(host, str(error))
         finally:
-            self._n_half_open -= 1
+            self._n_half_open -= is_counted
             if is_ours:
+                self._silent.pop(connection, None)
                 connection.close()
 
     def _refuse(self, connection: socket.socket, host: str, reason: str) -> None:

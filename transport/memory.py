@@ -98,6 +98,10 @@ class MemoryLink:
         self._other._notify()
         return frame
 
+    def suspect(self) -> None:
+        """See `Link.suspect`."""
+        self.abort(LinkBroken("the peer has fallen silent"))
+
     def abort(self, error: TransportError) -> None:
         """See `Link.abort`."""
         self._received.clear()

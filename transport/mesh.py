@@ -3,7 +3,10 @@
 One live link per peer. When two peers dial each other at once, the dial of the lower peer id
 stands: that side holds the other's dial back until its own has succeeded, so nothing is ever sent
 on a link that will go. When a peer dials although a link to it seems alive, that link is asked for
-a sign of life first: the peer may have restarted, or its network changed.
+a sign of life first: the peer may have restarted.
+
+A link that loses its carrier is mended for a short while before it counts as broken
+(`dialling.py`): both sides dial anew, and go on where they were.
 
 Retrying, choosing and remembering peers is the caller's business; so is every message but Ping.
 """
@@ -12,13 +15,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, Self
 
+from .contact import Contact
+from .dialling import Dialler, RelayWays
 from .errors import (
     ErrorCode,
     LinkBroken,
@@ -28,23 +33,22 @@ from .errors import (
     TransportError,
 )
 from .frame import Frame
-from .handshake import Credentials, accept, dial
+from .handshake import Credentials, accept, hear_hello
 from .identity import Identity
 from .invite import InviteBook
 from .joining import Welcomer, serve_invite
-from .link import Link
+from .link import Link, LinkKind
 from .listener import Listener
 from .liveness import LivenessRules
 from .membership import Swarm
-from .messages import Admitted, Failure, Message
-from .paths import PathManager
+from .messages import Admitted, Failure, Hello, Message
 from .peer import Handler, Peer
 from .preamble import PreambleGate
+from .steady.link import SteadyLink
 from .tasks import Tasks
 
 logger = logging.getLogger(__name__)
 
-DIAL_S = 15.0  # all addresses of a peer together
 HOLD_BACK_S = 2.0  # how long another's dial waits for ours to the same peer
 PROBE_S = 1.0  # how long an older link has to show that it lives
 
@@ -66,18 +70,6 @@ class Door(Protocol):
 
 OnUp = Callable[[Peer], None]
 OnDown = Callable[[str, TransportError], None]
-
-
-@dataclass(slots=True)
-class _Contact:
-    """What the mesh knows of one peer."""
-
-    addresses: tuple[str, ...] = ()
-    peer: Peer | None = None
-    run: asyncio.Task[None] | None = None  # runs `peer`
-    dial: asyncio.Task[None] | None = None
-    up: asyncio.Event = field(default_factory=asyncio.Event)
-    arrivals: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 def _ignore_up(peer: Peer) -> None:
@@ -121,13 +113,16 @@ class Mesh:
         self._on_up = on_up
         self._on_down = on_down
         self._rules = rules
-        self._contacts: dict[str, _Contact] = {}
+        self._contacts: dict[str, Contact] = {}
         self._services: dict[type[Message], Handler] = {}
         self._doors: list[Door] = []
-        self._paths = PathManager(self._secure)
-        gate = PreambleGate(identity.peer_id, self._preamble_key)
+        self._on_path: list[OnUp] = []
+        gate = PreambleGate(identity.peer_id, self._preamble_key, opened_at=time.time())
         self._listener = Listener(listen, gate, self._on_connection)
         self._tasks = Tasks()
+        self._dialler = Dialler(
+            self.peer_id, lambda: self._credentials, self._is_allowed, self._tasks
+        )
         self._is_closing = False
 
     async def __aenter__(self) -> Self:
@@ -150,6 +145,11 @@ class Mesh:
         return self._listener.addresses
 
     @property
+    def bound(self) -> tuple[tuple[str, int], ...]:
+        """Host and port of each listening socket; the host may be "0.0.0.0" or "::"."""
+        return self._listener.bound
+
+    @property
     def peers(self) -> dict[str, Peer]:
         """The peers with a live link, by id; a copy."""
         return {
@@ -166,10 +166,39 @@ class Mesh:
         """Let `door` take connections whose preamble names a key of its own."""
         self._doors.append(door)
 
-    def learn(self, peer_id: str, addresses: Iterable[str]) -> None:
-        """Where a peer can be dialled, in place of what was known."""
+    def use_relays(self, ways: RelayWays) -> None:
+        """How to reach a peer through relays: `ways(peer_id, relays it announces)`."""
+        self._dialler.relay_ways = ways
+
+    def on_path(self, callback: OnUp) -> None:
+        """Call `callback(peer)` for each link that comes up, and each time one moves elsewhere."""
+        self._on_path.append(callback)
+
+    def learn(
+        self,
+        peer_id: str,
+        addresses: Iterable[str],
+        *,
+        mapped: Iterable[str] = (),
+        relays: Iterable[str] = (),
+    ) -> None:
+        """Where a peer can be dialled, in place of what was known.
+
+        Args:
+            peer_id: whom.
+            addresses: "host:port" each.
+            mapped: those of them that a router forwards to it.
+            relays: peer ids of members that it keeps a link to, to be reached through.
+        """
         if peer_id != self.peer_id:
-            self._contact(peer_id).addresses = tuple(addresses)
+            contact = self._contact(peer_id)
+            contact.addresses = tuple(addresses)
+            contact.mapped, contact.relays = tuple(mapped), tuple(relays)
+
+    def addresses_of(self, peer_id: str) -> tuple[str, ...]:
+        """Where a peer can be dialled, as far as is known."""
+        contact = self._contacts.get(peer_id)
+        return contact.addresses if contact is not None else ()
 
     async def peer(self, peer_id: str) -> Peer:
         """The peer, dialled if there is no link to it yet; callers at once share one dial.
@@ -230,22 +259,18 @@ class Mesh:
 
     # --- dialling ----------------------------------------------------------------------------
 
-    async def _dial(self, peer_id: str, contact: _Contact) -> None:
+    async def _dial(self, peer_id: str, contact: Contact) -> None:
+        hello = Hello(link=os.urandom(16), is_new=True)
         try:
-            link = await self._paths.open(peer_id, contact.addresses, DIAL_S)
+            carrier, _ = await self._dialler.open(peer_id, contact, hello)
         except LinkClosed as error:
             if contact.peer is None:
                 raise PeerUnreachable(peer_id, "it closed the link") from error
         else:
             await self._replace(contact)
-            self._take_up(link, contact)
+            self._take_up(SteadyLink(carrier, hello.link), contact)
         finally:
             contact.dial = None
-
-    async def _secure(self, connection: socket.socket, peer_id: str) -> Link:
-        return await dial(
-            connection, self._credentials, peer_id=peer_id, is_allowed=self._is_allowed
-        )
 
     # --- being dialled -------------------------------------------------------------------------
 
@@ -269,39 +294,77 @@ class Mesh:
             credentials = Credentials.of_token(token, self._identity)
             link = await accept(connection, credentials, is_allowed=self._is_allowed)
             return await serve_invite(link, key_id, invites=self._invites, welcome=self._welcome)
-        link = await accept(connection, self._credentials, is_allowed=self._is_allowed)
-        await self._admit(link)
+        await self.admit_socket(connection, LinkKind.DIRECT)
         return True
 
-    async def _admit(self, link: Link) -> None:
-        """Decide between a link that came in and one that we have or are about to have."""
-        contact = self._contact(link.peer_id)
+    async def admit_socket(self, connection: socket.socket, kind: LinkKind) -> None:
+        """Let a member in on a connected socket whose preamble was good; owns the socket.
+
+        Raises:
+            TransportError: it is not let in.
+        """
+        carrier = await accept(
+            connection, self._credentials, is_allowed=self._is_allowed, kind=kind
+        )
+        await self.admit(carrier)
+
+    async def admit(self, carrier: Link) -> None:
+        """Take a carrier that the peer has begun, for a new link or for the one it has.
+
+        Raises:
+            TransportError: the peer did not say which.
+        """
+        hello = await hear_hello(carrier)
+        contact = self._contact(carrier.peer_id)
         is_admitted = False
         try:
             async with contact.arrivals:
-                if self.peer_id < link.peer_id:
+                n_moves = contact.link.n_moves if contact.link is not None else 0
+                if self.peer_id < carrier.peer_id:
                     await self._hold_back(contact)
-                if await self._still_lives(contact):
-                    return  # the dialler has a live link to us, and finds it when this one closes
-                await self._replace(contact)
-                if link.peer_id == self.peer_id or not self._is_allowed(link.peer_id):
-                    link.post(Frame(message=Failure(code=ErrorCode.NOT_A_MEMBER)))
-                    return
-                link.post(Frame(message=Admitted()))
-                self._take_up(link, contact)
-                is_admitted = True
-                if contact.dial is not None and self.peer_id < link.peer_id:
+                if hello.is_new:
+                    is_admitted = await self._admit_new(carrier, hello, contact)
+                else:
+                    is_admitted = self._admit_again(carrier, hello, contact, n_moves)
+                if is_admitted and contact.dial is not None:
                     contact.dial.cancel()  # it got nowhere, and would replace this link
         finally:
             if not is_admitted:
-                await link.aclose()
+                await carrier.aclose()
 
-    async def _hold_back(self, contact: _Contact) -> None:
+    async def _admit_new(self, carrier: Link, hello: Hello, contact: Contact) -> bool:
+        """Decide between a link that came in and one that we have or are about to have."""
+        if await self._still_lives(contact):
+            return False  # the dialler has a live link to us, and finds it when this one closes
+        await self._replace(contact)
+        if carrier.peer_id == self.peer_id or not self._is_allowed(carrier.peer_id):
+            carrier.post(Frame(message=Failure(code=ErrorCode.NOT_A_MEMBER)))
+            return False
+        carrier.post(Frame(message=Admitted()))
+        self._take_up(SteadyLink(carrier, hello.link), contact)
+        return True
+
+    def _admit_again(self, carrier: Link, hello: Hello, contact: Contact, n_moves: int) -> bool:
+        """Go on with a link on the carrier that the peer has found for it."""
+        link = contact.link
+        if link is None or link.id != hello.link or link.error is not None:
+            carrier.post(Frame(message=Failure(code=ErrorCode.UNKNOWN_LINK)))
+            return False
+        if not self._is_allowed(carrier.peer_id):
+            carrier.post(Frame(message=Failure(code=ErrorCode.NOT_A_MEMBER)))
+            return False
+        if link.n_moves != n_moves:
+            return False  # our own dial was first
+        carrier.post(Frame(message=Admitted(received=link.receipt)))
+        link.attach(carrier, hello.received)
+        return True
+
+    async def _hold_back(self, contact: Contact) -> None:
         """Our own dial goes first, if it gets anywhere soon."""
         if contact.dial is not None:
             await asyncio.wait({contact.dial}, timeout=HOLD_BACK_S)
 
-    async def _still_lives(self, contact: _Contact) -> bool:
+    async def _still_lives(self, contact: Contact) -> bool:
         if contact.peer is None:
             return False
         try:
@@ -312,26 +375,45 @@ class Mesh:
 
     # --- links that stand ------------------------------------------------------------------------
 
-    async def _replace(self, contact: _Contact) -> None:
+    async def _replace(self, contact: Contact) -> None:
         """Make way for a new link: the old one's end is told before the new one's beginning."""
         while contact.peer is not None and contact.run is not None:
             contact.peer.abort(LinkBroken("a newer link to the peer took its place"))
             await asyncio.wait({contact.run})
 
-    def _take_up(self, link: Link, contact: _Contact) -> None:
+    def _take_up(self, link: SteadyLink, contact: Contact) -> None:
         peer = Peer(link, self._dispatch, rules=self._rules)
-        contact.peer = peer
+        contact.peer, contact.link = peer, link
         contact.up.set()
         logger.info("peer up", extra={"peer": link.peer_id[-8:], "kind": link.kind.value})
+        link.on_lost = lambda: self._lost(contact, peer, link)
+        link.on_moved = lambda: self._moved(peer)
         contact.run = self._tasks.spawn(self._run(peer, contact), "link")
 
-    async def _run(self, peer: Peer, contact: _Contact) -> None:
+    def _lost(self, contact: Contact, peer: Peer, link: SteadyLink) -> None:
+        logger.info("carrier lost", extra={"peer": peer.peer_id[-8:], "kind": link.kind.value})
+        if self._is_closing:
+            link.abort(LinkClosed(by_peer=False))
+        else:
+            self._tasks.spawn(self._dialler.mend(contact, peer, link), "mend")
+
+    def _moved(self, peer: Peer) -> None:
+        logger.info("link moved", extra={"peer": peer.peer_id[-8:], "kind": peer.kind.value})
+        peer.moved()
+        self._tell_path(peer)
+
+    def _tell_path(self, peer: Peer) -> None:
+        for callback in self._on_path:
+            callback(peer)
+
+    async def _run(self, peer: Peer, contact: Contact) -> None:
         error: TransportError = LinkBroken("the link failed here; see the log")
         try:
             self._on_up(peer)
+            self._tell_path(peer)
             error = await peer.run()
         finally:
-            contact.peer = contact.run = None
+            contact.peer = contact.link = contact.run = None
             contact.up.clear()
             if not self._is_closing:
                 logger.info("peer down", extra={"peer": peer.peer_id[-8:], "reason": str(error)})
@@ -340,8 +422,8 @@ class Mesh:
     def _dispatch(self, peer: Peer, frame: Frame) -> None:
         self._services.get(type(frame.message), self._handler)(peer, frame)
 
-    def _contact(self, peer_id: str) -> _Contact:
-        return self._contacts.setdefault(peer_id, _Contact())
+    def _contact(self, peer_id: str) -> Contact:
+        return self._contacts.setdefault(peer_id, Contact())
 
 
 async def _wait(event: asyncio.Event) -> None:

@@ -15,7 +15,7 @@ from msgspec import Meta, Struct
 
 from .errors import ErrorCode
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 MAX_STAGES = 64
 MAX_BLOCKS = 1024
@@ -27,11 +27,29 @@ SessionId = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"\A[0-9A-Z
 Digest = Annotated[str, Meta(min_length=64, max_length=64, pattern=r"\A[0-9a-f]+\Z")]
 StageIdx = Annotated[int, Meta(ge=0, le=MAX_STAGES)]
 BlockIdx = Annotated[int, Meta(ge=0, le=MAX_BLOCKS)]
+FrameNumber = Annotated[int, Meta(ge=0, le=1 << 53)]
 TokenCount = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
 Microseconds = Annotated[int, Meta(ge=0, le=1 << 42)]
 ByteCount = Annotated[int, Meta(ge=0, le=1 << 48)]
 PrefixKey = Annotated[bytes, Meta(min_length=16, max_length=16)]
+CircuitId = Annotated[bytes, Meta(min_length=16, max_length=16)]
+CircuitKey = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Address = Annotated[str, Meta(min_length=3, max_length=256)]
+Statements = Annotated[list[Annotated[bytes, Meta(max_length=96 * 1024)]], Meta(max_length=600)]
+IpAddress = Annotated[str, Meta(min_length=2, max_length=45, pattern=r"\A[0-9a-fA-F:.]+\Z")]
+Port = Annotated[int, Meta(ge=1, le=65535)]
+PortOrNone = Annotated[int, Meta(ge=0, le=65535)]
+ProbeNonce = Annotated[bytes, Meta(min_length=12, max_length=12)]
+NatKindName = Literal[
+    "open",
+    "full_cone",
+    "address_restricted",
+    "port_restricted",
+    "symmetric",
+    "blocked",
+    "unknown",
+]
+DialBackOutcome = Literal["answered", "refused", "silent", "wrong", "declined"]
 DType = Literal["fp32", "fp16", "bf16"]
 Codec = Literal["exact", "fp16"]
 
@@ -51,12 +69,37 @@ class Pong(Message, tag="pong", frozen=True, kw_only=True):
     """Answer to a Ping; carries no tensor."""
 
 
+class Receipt(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Which frames of a link have arrived: all numbers up to one, and some beyond it."""
+
+    upto: FrameNumber = 0
+    beyond: Annotated[list[FrameNumber], Meta(max_length=4096)] = []
+
+
+class Hello(Message, tag="hello", frozen=True, kw_only=True):
+    """First frame of the dialer: a new link, or a new carrier for one that the two have.
+
+    `link` is drawn at random by whoever began the link; `received` is what the dialer has of it.
+    """
+
+    link: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    is_new: bool
+    received: Receipt = Receipt()
+
+
 class Admitted(Message, tag="admitted", frozen=True, kw_only=True):
     """First frame of the side that was dialled: the dialer is let in.
 
     Needed because in TLS 1.3 the dialer's handshake is over before its certificate was judged. A
-    Failure in its place says why not; a link that closes instead was one too many.
+    Failure in its place says why not; a link that closes instead was one too many. `received` is
+    what this side has of a link that goes on.
     """
+
+    received: Receipt = Receipt()
+
+
+class Ack(Message, tag="ack", frozen=True, kw_only=True):
+    """Says nothing; its frame's `ack` does, or its number, in place of a frame taken back."""
 
 
 class Failure(Message, tag="failure", frozen=True, kw_only=True):
@@ -96,6 +139,99 @@ class Welcome(Message, tag="welcome", frozen=True, kw_only=True):
     members: Annotated[list[MemberEntry], Meta(max_length=256)]
 
 
+class MembershipNotice(Message, tag="notice", frozen=True, kw_only=True):
+    """Signed statements about membership, opaque here (`node/standing.py`).
+
+    The last frame to a member that was removed: whoever it is from, the signatures say why.
+    """
+
+    statements: Statements
+
+
+class SecretRequest(Message, tag="ask_secret", frozen=True, kw_only=True):
+    """Which secret has the swarm now? All that is heard on a link opened with an earlier one."""
+
+
+class SecretAnswer(Message, tag="secret", frozen=True, kw_only=True):
+    """Answer to a SecretRequest: what was signed, and the secret sealed to the asker's identity.
+
+    Without a copy, the statements say that the asker was removed.
+    """
+
+    statements: Statements
+    copy: Annotated[bytes, Meta(min_length=32, max_length=128)] | None
+
+
+# --- nat: how a member looks from outside --------------------------------------------------------
+
+
+class NatCard(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a node knows of the way the outside sees it (`nat/facts.py`); part of other messages."""
+
+    udp: NatKindName
+    tcp: NatKindName
+    port: Port
+    is_reachable: bool
+    public_hosts: Annotated[list[IpAddress], Meta(max_length=4)]
+    mapped_addresses: Annotated[list[Address], Meta(max_length=4)]
+    lan_hosts: Annotated[list[IpAddress], Meta(max_length=16)]
+    n_observers: Annotated[int, Meta(ge=0, le=16)]
+    age_s: Annotated[float, Meta(ge=0, le=1e9)]
+
+
+class ViewRequest(Message, tag="view?", frozen=True, kw_only=True):
+    """What address do you see me at, and where do you answer probes? I found you at `host`."""
+
+    host: IpAddress
+
+
+class View(Message, tag="view", frozen=True, kw_only=True):
+    """Answer to a ViewRequest.
+
+    `host` is the asker's address as this link shows it. Ports are the answerer's own: where it
+    listens, of its STUN responder, and of a second socket each; 0 is none.
+    `is_own_host` says that the host where it was found is its own, with no router before it.
+    """
+
+    host: IpAddress
+    port: PortOrNone
+    other_tcp_port: PortOrNone
+    udp_port: PortOrNone
+    other_udp_port: PortOrNone
+    is_own_host: bool
+
+
+class DialBack(Message, tag="dial_back", frozen=True, kw_only=True):
+    """Please open one TCP connection to this port, at the address that this link shows of me.
+
+    Never to any other address. Without a nonce it must be my listening port that answers; with
+    one, a sealed packet of 52 bytes with that nonce is sent, and nothing is waited for.
+    """
+
+    port: Port
+    nonce: ProbeNonce | None = None
+
+
+class DialledBack(Message, tag="dialled_back", frozen=True, kw_only=True):
+    """Answer to a DialBack: what came of it, and the address that was dialled."""
+
+    outcome: DialBackOutcome
+    host: IpAddress
+
+
+class SendProbe(Message, tag="send_probe", frozen=True, kw_only=True):
+    """Please send one small UDP packet from your other port to this one, at my link's address."""
+
+    port: Port
+    nonce: ProbeNonce
+
+
+class ProbeSent(Message, tag="probe_sent", frozen=True, kw_only=True):
+    """Answer to a SendProbe; not sent if the asker is over its rate, or there is no other port."""
+
+    is_sent: bool
+
+
 # --- store -------------------------------------------------------------------------------------
 
 
@@ -109,6 +245,36 @@ class Beat(Message, tag="beat", frozen=True, kw_only=True):
     """One signed liveness beat, opaque here (`store/awareness.py`)."""
 
     body: Annotated[bytes, Meta(max_length=4096)]
+
+
+# --- relay -------------------------------------------------------------------------------------
+
+
+class RelayOpen(Message, tag="relay-open", frozen=True, kw_only=True):
+    """Asks a member to carry bytes to `peer`, which must have a link to it; RelayOpened answers."""
+
+    peer: PeerId
+
+
+class RelayOpened(Message, tag="relay-opened", frozen=True, kw_only=True):
+    """A circuit waits: connect to the relay's port with a preamble of this id and key."""
+
+    circuit: CircuitId
+    key: CircuitKey
+
+
+class RelayOffer(Message, tag="relay-offer", frozen=True, kw_only=True):
+    """To the other end: `origin` wants to reach you over this circuit; connect likewise."""
+
+    circuit: CircuitId
+    key: CircuitKey
+    origin: PeerId
+
+
+class RelayDeclined(Message, tag="relay-declined", frozen=True, kw_only=True):
+    """The other end will not come: the origin need not wait."""
+
+    circuit: CircuitId
 
 
 # --- sessions ----------------------------------------------------------------------------------
@@ -185,13 +351,28 @@ class SessionFailed(Message, tag="failed", frozen=True, kw_only=True):
 AnyMessage = (
     Ping
     | Pong
+    | Hello
     | Admitted
+    | Ack
     | Failure
     | Goodbye
     | JoinRequest
     | Welcome
+    | MembershipNotice
+    | SecretRequest
+    | SecretAnswer
+    | ViewRequest
+    | View
+    | DialBack
+    | DialledBack
+    | SendProbe
+    | ProbeSent
     | StoreSync
     | Beat
+    | RelayOpen
+    | RelayOpened
+    | RelayOffer
+    | RelayDeclined
     | OpenSession
     | SessionOpened
     | Forward

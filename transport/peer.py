@@ -98,6 +98,12 @@ class Peer:
         """Bytes received on the link so far."""
         return self._link.bytes_received
 
+    def moved(self) -> None:
+        """The link has another carrier: what was measured of the old one says nothing of it."""
+        self._pings.clear()
+        self._liveness.moved(now=self._loop.time())
+        self._woken.set()
+
     def hold(self) -> None:
         """A session begins to depend on the link: heartbeats each second, no closing when idle."""
         self._holds += 1
@@ -215,7 +221,7 @@ class Peer:
             while True:
                 self._dispatch(await self._link.receive())
         except ProtocolViolation as error:
-            with suppress(LinkClosed, LinkBroken):
+            with suppress(TransportError):
                 self._link.post(Frame(message=Failure(code=error.code)))
             await self._link.aclose()
             return self._fail(error)
@@ -302,7 +308,8 @@ class Peer:
                 with suppress(LinkClosed, LinkBroken):
                     self._link.post(Frame(message=Ping(), request=number))
             case Action.SUSPECT:
-                self.abort(LinkBroken("the peer has fallen silent"))
+                self._liveness.heard(now=now)  # another silence as long, and it asks again
+                self._link.suspect()
             case Action.CLOSE:
                 await self._link.aclose()
             case Action.WAIT:

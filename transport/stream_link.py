@@ -99,6 +99,10 @@ class StreamLink(asyncio.BufferedProtocol):
                 self._transport.resume_reading()
         return frame
 
+    def suspect(self) -> None:
+        """See `Link.suspect`."""
+        self.abort(LinkBroken("the peer has fallen silent"))
+
     def abort(self, error: TransportError) -> None:
         """See `Link.abort`."""
         self._received.clear()
@@ -254,10 +258,14 @@ class StreamLink(asyncio.BufferedProtocol):
         self._hang_up(error)
 
     def _hang_up(self, error: TransportError) -> None:
-        """End on purpose, if the link has not ended yet."""
+        """End on purpose, if the link has not ended yet.
+
+        The peer closes the connection when it has read the end. Closing it here could cut off what
+        the peer has not read yet, since anything it still sends would be answered by a reset.
+        """
         if self._transport is not None and self._error is None:
             self._transport.write(END)
-            self._transport.close()
+            self._loop.call_later(CLOSE_DEADLINE_S, self._transport.abort)
         self._end(error)
 
     def _hung_up(self) -> None:

@@ -4,7 +4,7 @@
     /v1/chat/completions, /v1/completions       text
     /health                                     for load balancers, never needs a key
     /metrics                                    Prometheus
-    /covey/status, plan, invite, stop           for the CLI; always need the control key
+    /covey/status, plan, invite, members, stop  for the CLI; always need the control key
 
 The control key opens everything: whoever can read the node's home owns the node.
 """
@@ -31,7 +31,14 @@ from .generation import GenerationResponse, Generations, Task
 from .guard import LoopbackGuard, check_key, read_body
 from .metrics import Metrics, RequestMeter
 from .render import ChatRenderer, CompletionRenderer, Json, Renderer, Shape
-from .requests import ChatRequest, CompletionRequest, InviteRequest, field_name, parse
+from .requests import (
+    ChatRequest,
+    CompletionRequest,
+    InviteRequest,
+    MemberRequest,
+    field_name,
+    parse,
+)
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -179,6 +186,26 @@ async def invite(request: Request) -> Response:
     asked = parse(InviteRequest, await read_body(request) or b"{}")
     text = state_of(request.app).service.invite(ttl_s=asked.ttl_s, uses=asked.uses)
     return JSONResponse({"invite": text})
+
+
+@control_routes.get("/members")
+async def members(request: Request) -> Response:
+    """Who is in the swarm, and who was removed."""
+    return JSONResponse(state_of(request.app).service.members_facts())
+
+
+@control_routes.post("/members/remove")
+async def remove_member(request: Request) -> Response:
+    """Remove a member for good."""
+    asked = parse(MemberRequest, await read_body(request))
+    return JSONResponse(state_of(request.app).service.remove_member(asked.member))
+
+
+@control_routes.post("/members/allow")
+async def allow_member(request: Request) -> Response:
+    """Let a member remove others."""
+    asked = parse(MemberRequest, await read_body(request))
+    return JSONResponse(state_of(request.app).service.allow_member(asked.member))
 
 
 @control_routes.post("/stop")

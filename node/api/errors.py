@@ -16,6 +16,7 @@ from covey.node.errors import (
     Busy,
     InvalidRequest,
     NodeError,
+    NotAllowed,
     NotReady,
     PromptTooLong,
     SessionFailed,
@@ -92,6 +93,8 @@ def reply_to(error: CoveyError, *, prompt_field: str = "messages") -> ErrorReply
             return error.reply
         case UnknownModel():
             return ErrorReply(status=404, message=text, code="model_not_found", param="model")
+        case NotAllowed():
+            return ErrorReply(status=403, message=text, code="not_allowed")
         case NotReady():
             return ErrorReply(
                 status=503,

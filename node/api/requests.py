@@ -293,6 +293,12 @@ class InviteRequest(_Strict):
     uses: Annotated[int, Field(ge=1, le=1000)] = 1
 
 
+class MemberRequest(_Strict):
+    """The body of POST /covey/members/remove and /covey/members/allow."""
+
+    member: Annotated[str, Field(min_length=1, max_length=128)]  # name, peer id or how it ends
+
+
 BodyT = TypeVar("BodyT", bound=BaseModel)
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
-from covey.node.errors import UnknownModel
+from covey.node.errors import NotAllowed, UnknownModel
 from covey.node.service import (
     Delta,
     Event,
@@ -72,6 +72,17 @@ class FakeService:
     def invite(self, *, ttl_s: float, uses: int) -> str:
         self.invites.append((ttl_s, uses))
         return "covey1abc"
+
+    def members_facts(self) -> dict[str, Any]:
+        return {"members": [], "removed": []}
+
+    def remove_member(self, member: str) -> dict[str, Any]:
+        if member != "kitchen":
+            raise NotAllowed("ask the founder")
+        return {"removed": {"peer_id": "p", "name": member}}
+
+    def allow_member(self, member: str) -> dict[str, Any]:
+        return {"allowed": {"peer_id": "p", "name": member}}
 
     def request_stop(self) -> None:
         self.was_stopped = True

@@ -16,6 +16,7 @@ from covey.transport.messages import (
     Forward,
     MemberEntry,
     Ping,
+    RelayOffer,
     SessionOpened,
     StageTrace,
     StoreSync,
@@ -41,9 +42,13 @@ tensors = st.dictionaries(
     max_size=4,
 )
 traces = st.builds(StageTrace, st.integers(0, N), st.integers(0, N), st.integers(0, N))
+keys = st.binary(min_size=32, max_size=32)
 messages: st.SearchStrategy[AnyMessage] = st.one_of(
     st.just(Ping()),
     st.builds(Beat, body=st.binary(max_size=100)),
+    st.builds(
+        RelayOffer, circuit=st.binary(min_size=16, max_size=16), key=keys, origin=st.just(PEER)
+    ),
     st.builds(StoreSync, body=st.binary(max_size=1000)),
     st.builds(SessionOpened, session=st.from_regex(r"\A[0-9A-Za-z_-]{1,64}\Z")),
     st.builds(

@@ -7,12 +7,15 @@ from hypothesis import strategies as st
 
 from covey.transport import preamble
 from covey.transport.preamble import (
+    BEFORE_OPENING_S,
     NONCE_BYTES,
     PREAMBLE_BYTES,
+    RECEIPT_BYTES,
     STALE_AFTER_S,
     PreambleGate,
     Verdict,
     build_preamble,
+    build_receipt,
 )
 
 KEY_ID, KEY, PEER = b"k" * 16, b"s" * 32, "12D3KooWpeer"
@@ -21,8 +24,8 @@ NOW = 1_800_000_000
 nonces = st.binary(min_size=NONCE_BYTES, max_size=NONCE_BYTES)
 
 
-def gate(peer_id: str = PEER) -> PreambleGate:
-    return PreambleGate(peer_id, {KEY_ID: KEY}.get)
+def gate(peer_id: str = PEER, *, opened_at: float = 0.0) -> PreambleGate:
+    return PreambleGate(peer_id, {KEY_ID: KEY}.get, opened_at=opened_at)
 
 
 def build(nonce: bytes = bytes(16), *, key: bytes = KEY, key_id: bytes = KEY_ID) -> bytes:
@@ -79,3 +82,29 @@ def test_a_full_memory_refuses_and_then_forgets() -> None:
     assert door.judge(fresh, unix_time=NOW)[0] is Verdict.REPLAYED
     assert door.judge(fresh, unix_time=NOW + 11)[0] is Verdict.GOOD
     assert len(door._seen) == 1
+
+
+@given(nonces, nonces)
+def test_a_receipt_is_for_one_preamble_and_needs_the_key(nonce: bytes, other: bytes) -> None:
+    door, hello = gate(), build(nonce)
+    door.judge(hello, unix_time=NOW)
+    receipt = door.receipt(hello)
+    assert len(receipt) == RECEIPT_BYTES
+    assert receipt == build_receipt(hello, key=KEY, peer_id=PEER)
+    assert receipt not in hello
+    assert receipt != build_receipt(hello, key=b"x" * 32, peer_id=PEER)
+    assert receipt != build_receipt(hello, key=KEY, peer_id=PEER + "2")
+    assert (receipt == door.receipt(build(other))) == (nonce == other)
+
+
+@given(st.floats(0, 2 * STALE_AFTER_S))
+def test_what_passed_before_a_restart_does_not_pass_after_it(down_s: float) -> None:
+    before, hello = gate(opened_at=NOW - 100), build()
+    assert before.judge(hello, unix_time=NOW)[0] is Verdict.GOOD
+    opened_at = NOW + BEFORE_OPENING_S + 0.01 + down_s
+    after = gate(opened_at=opened_at)
+    assert after.judge(hello, unix_time=opened_at)[0] in (Verdict.BEFORE_US, Verdict.STALE)
+
+
+def test_a_member_whose_clock_is_a_little_behind_gets_in_at_once() -> None:
+    assert gate(opened_at=NOW + 4.0).judge(build(), unix_time=NOW + 4.0)[0] is Verdict.GOOD

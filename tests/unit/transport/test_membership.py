@@ -9,14 +9,25 @@ import pytest
 from covey.transport.errors import InviteInvalid
 from covey.transport.identity import Identity
 from covey.transport.invite import InviteBook
-from covey.transport.membership import Swarm
+from covey.transport.membership import HONOURED_S, MAX_OLD_EPOCHS, Keyring, Swarm
 
 FOUNDER = Identity(bytes(32)).peer_id
 GUEST = Identity(bytes([1] * 32)).peer_id
 
 
 def keys(swarm: Swarm) -> list[bytes]:
-    return [swarm.key_id, swarm.preamble_key, swarm.authority_seed, swarm.libp2p_psk]
+    return [
+        swarm.key_id,
+        swarm.preamble_key,
+        swarm.renewal_key_id,
+        swarm.renewal_key,
+        swarm.authority_seed,
+        swarm.libp2p_psk,
+        swarm.commitment,
+        swarm.stun_key,
+        swarm.observe_key_id,
+        swarm.observe_key,
+    ]
 
 
 def test_every_use_and_every_epoch_has_a_key_of_its_own() -> None:
@@ -45,6 +56,43 @@ def test_a_damaged_state_is_refused(change: dict[str, object]) -> None:
 def test_the_secret_is_not_shown() -> None:
     swarm = Swarm.create(FOUNDER)
     assert repr(swarm.secret) not in repr(swarm)
+
+
+def test_a_keyring_survives_the_state_file_and_one_secret_becomes_one() -> None:
+    swarm = Swarm.create(FOUNDER)
+    ring = Keyring(current=swarm).adopt(swarm.next_epoch(), by=FOUNDER, unix_time=5.0)
+    assert Keyring.from_dict(json.loads(json.dumps(ring.to_dict()))) == ring
+    assert Keyring.from_dict(swarm.to_dict()) == Keyring(current=swarm)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"secret": "AAAA"}, {"by": 7}, {"old": [{}]}, {"old": [{"epoch": 0}]}, {"extra": 1}],
+)
+def test_a_damaged_keyring_is_refused(change: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"Expected|Object"):
+        Keyring.from_dict({**Keyring(current=Swarm.create(FOUNDER)).to_dict(), **change})
+
+
+def test_earlier_secrets_are_honoured_for_a_time_and_not_without_end() -> None:
+    swarm = Swarm.create(FOUNDER)
+    ring = Keyring(current=swarm).adopt(swarm.next_epoch(), by=None, unix_time=0.0)
+    assert [old.swarm for old in ring.honoured(HONOURED_S - 1)] == [swarm]
+    assert ring.honoured(HONOURED_S) == ()
+    for _ in range(2 * MAX_OLD_EPOCHS):
+        ring = ring.adopt(ring.current.next_epoch(), by=None, unix_time=1.0)
+    assert len(ring.old) == MAX_OLD_EPOCHS
+    assert ring.old[0].swarm.epoch == ring.current.epoch - 1
+    assert ring.with_commitment(ring.old[3].swarm.commitment) == ring.old[3].swarm
+    assert ring.with_commitment(bytes(32)) is None
+
+
+def test_going_back_to_an_earlier_secret_keeps_each_once() -> None:
+    swarm = Swarm.create(FOUNDER)
+    other = swarm.next_epoch()
+    ring = Keyring(current=swarm).adopt(other, by=None, unix_time=0.0)
+    back = ring.adopt(swarm, by=None, unix_time=1.0)
+    assert (back.current, [old.swarm for old in back.old]) == (swarm, [other])
 
 
 def book_with(uses: int) -> tuple[InviteBook, bytes]:

@@ -6,6 +6,7 @@ are separate; the model's file is the only one they share. The commands are thos
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from benchmarks.rows import Row
 
 from covey.cli.child import NodeProcess, wait_for
 from covey.errors import CoveyError
-
-from .namespaces import Host, join_by_cable
+from testbed import namespaces
+from testbed.namespaces import Namespace, join_by_cable
 
 MODEL = "smollm2"
 MAX_BLOCKS = 20
@@ -36,7 +37,7 @@ COMMAND_S = 120.0
 class Machine:
     """A host, its name among members and the folders of its own."""
 
-    host: Host
+    host: Namespace
     folder: Path
 
     @property
@@ -76,16 +77,22 @@ class Machine:
         return facts
 
 
-def measure(folder: Path, *, mdns: bool) -> list[Row]:
-    """Run it once.
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Whether with mDNS."""
+    parser.add_argument("--mdns", choices=("on", "off", "both"), default="both")
 
-    Args:
-        folder: where the machines' own folders go; must be new for each run.
-        mdns: whether they may also find each other without the invite's addresses.
 
-    Raises:
-        CoveyError, CalledProcessError, TimeoutExpired: it could not be measured.
-    """
+def measure(folder: Path, options: argparse.Namespace) -> list[Row]:
+    """Run it once, or once each way."""
+    rows: list[Row] = []
+    for choice in ("on", "off"):
+        if options.mdns in (choice, "both"):
+            measured = _measure_once(folder / f"mdns-{choice}", mdns=choice == "on")
+            rows += [replace(row, figure=f"{row.figure}, mDNS {choice}") for row in measured]
+    return rows
+
+
+def _measure_once(folder: Path, *, mdns: bool) -> list[Row]:
     option = "--mdns" if mdns else "--no-mdns"
     with _two_machines(folder) as (first, second):
         reference = first.covey("run", MODEL, PROMPT, "--max-tokens", MAX_TOKENS, "--alone")
@@ -116,11 +123,10 @@ def measure(folder: Path, *, mdns: bool) -> list[Row]:
 
 @contextmanager
 def _two_machines(folder: Path) -> Iterator[tuple[Machine, Machine]]:
-    machines = []
-    for name in ("first", "second"):
+    hosts = namespaces.create(("first", "second"))
+    for name in hosts:
         (folder / name).mkdir(parents=True)
-        machines.append(Machine(Host.create(name), folder / name))
-    first, second = machines
+    first, second = (Machine(host, folder / name) for name, host in hosts.items())
     try:
         join_by_cable(
             first.host,
@@ -130,8 +136,7 @@ def _two_machines(folder: Path) -> Iterator[tuple[Machine, Machine]]:
         )
         yield first, second
     finally:
-        for machine in machines:
-            machine.host.remove()
+        namespaces.remove(hosts)
 
 
 def _is_planned(machine: Machine) -> bool:
