@@ -101,7 +101,8 @@ class Node:
             connection = await dialer_end(connections, self.credentials, peer_id=self.peer_id)
             context = self.credentials.contexts.client
         else:
-            gate = PreambleGate(IDENTITIES[False].peer_id, {SWARM.key_id: SWARM.preamble_key}.get)
+            keys = {SWARM.key_id: SWARM.preamble_key}
+            gate = PreambleGate(IDENTITIES[False].peer_id, keys.get, opened_at=0.0)
             connection, _ = await acceptor_end(connections, gate)
             context = self.credentials.contexts.server
         return await open_stream_link(
