@@ -157,10 +157,17 @@ class Listener:
                 self._refuse(connection, host, "too many connections")
                 continue
             if len(self._silent) >= MAX_SILENT:
-                self._silent.popitem(last=False)[1].cancel()
-            screening = self._screen(connection, (host, int(address[1])))
-            self._silent[connection] = self._tasks.spawn(screening, "screen")
-            await asyncio.sleep(0)  # it begins, and from then on closes what it was given
+                next(iter(self._silent.values())).cancel()
+            source = (host, int(address[1]))
+            screening = self._tasks.spawn(self._screen(connection, source), "screen")
+            self._silent[connection] = screening
+            screening.add_done_callback(lambda _, silent=connection: self._end(silent))  # type: ignore[misc]
+            await asyncio.sleep(0)  # a flood must not keep those that were cancelled from ending
+
+    def _end(self, connection: socket.socket) -> None:
+        """Close a connection that was silent to the end, even if its screening never began."""
+        if self._silent.pop(connection, None) is not None:
+            connection.close()
 
     async def _screen(self, connection: socket.socket, source: tuple[str, int]) -> None:
         host = source[0]
@@ -190,7 +197,7 @@ class Listener:
         finally:
             self._n_half_open -= is_counted
             if is_ours:
-                self._silent.pop(connection, None)
+                self._end(connection)
                 connection.close()
 
     def _refuse(self, connection: socket.socket, host: str, reason: str) -> None:

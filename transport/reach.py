@@ -106,6 +106,11 @@ class Reach:
     # --- what to announce --------------------------------------------------------------------
 
     @property
+    def peer_id(self) -> str:
+        """Whose reach it is."""
+        return self._mesh.peer_id
+
+    @property
     def facts(self) -> NatFacts:
         """What is known of the NAT in the way."""
         return self.nat.facts

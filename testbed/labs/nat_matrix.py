@@ -203,9 +203,11 @@ def _members(
             for _ in relays:
                 if member.wait_for(lambda it: it["said"] == "first-byte", LINK_S) is None:
                     raise LabBroken(f"{member.host} does not reach the relays")
+        for member in both:
+            member.see({lab.address(relay.host): relay for relay in relays})
+        for member, other in (both, reversed(both)):
+            member.learn(other, relays=() if other.is_reachable else relays)
         left, right = both
-        left.learn(right, relays=relays)
-        right.learn(left, relays=relays)
         yield left, right
 
 
