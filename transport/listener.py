@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 
 from .addresses import MAX_ADDRESSES, format_address, reachable_hosts
-from .errors import AddressInUse, TransportError
+from .errors import AddressInUse, LinkBroken, TransportError
 from .preamble import PREAMBLE_BYTES, PreambleGate, Verdict
 from .tasks import Tasks
 
@@ -209,6 +209,28 @@ class Listener:
         if host not in self._complained and len(self._complained) < MAX_TRACKED:
             self._complained.add(host)
             logger.warning("connection refused", extra={"address": host, "reason": reason})
+
+
+async def read_preamble(connection: socket.socket, gate: PreambleGate) -> bytes:
+    """The key id of a good preamble on a connection that did not come in by the listening port.
+
+    Raises:
+        LinkBroken: there was none; the connection is closed.
+    """
+    try:
+        async with asyncio.timeout(PREAMBLE_S):
+            preamble = await _receive_exactly(connection, PREAMBLE_BYTES)
+    except (OSError, EOFError) as error:  # TimeoutError is among them
+        connection.close()
+        raise LinkBroken("no preamble came") from error
+    except BaseException:
+        connection.close()
+        raise
+    verdict, key_id = gate.judge(preamble, unix_time=time.time())
+    if verdict is not Verdict.GOOD:
+        connection.close()
+        raise LinkBroken(f"a preamble was refused: {verdict.value}")
+    return key_id
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -9,6 +9,7 @@ from pathlib import Path
 from benchmarks.rows import Row
 
 from testbed.lab import Lab
+from testbed.labs import nat_matrix
 from testbed.nat import Nat, NatKind
 from testbed.topology import Host, Router, Topology
 
@@ -21,11 +22,43 @@ FLAVOURS = tuple(
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """None yet."""
+    """Whether to connect members, and through which pairs of NATs."""
+    parser.add_argument("--matrix", action="store_true", help="connect members through each pair")
+    parser.add_argument(
+        "--flavour",
+        choices=("both", "tcp-cones", "udp-only-cones"),
+        default="both",
+        help="whether cones are cones for TCP too",
+    )
+    parser.add_argument(
+        "--only",
+        action="append",
+        type=nat_matrix.parse_pair,
+        metavar="KIND,KIND",
+        help="this pair, as 'open,symmetric'",
+    )
+    parser.add_argument("--relays", type=int, choices=(1, 2), default=2, help="public members")
+    parser.add_argument("--capture", action="store_true", help="record the packets of failed pairs")
 
 
 def measure(folder: Path, options: argparse.Namespace) -> Sequence[Row]:
-    """Prove them."""
+    """Prove every kind, or all that the matrix uses and then connect through them."""
+    if not options.matrix:
+        return _prove_gallery()
+    rows: list[Row] = []
+    for flavour in ("tcp-cones", "udp-only-cones"):
+        if options.flavour in (flavour, "both"):
+            print(f"--- {flavour}", flush=True)
+            rows += nat_matrix.measure(
+                options.only or nat_matrix.all_pairs(),
+                cone_for_tcp=flavour == "tcp-cones",
+                n_relays=options.relays,
+                has_captures=options.capture,
+            )
+    return rows
+
+
+def _prove_gallery() -> list[Row]:
     with Lab(gallery()) as lab:
         found = lab.prove()
     for name, (udp, tcp) in found.items():

@@ -75,7 +75,7 @@ class NatFacts:
     public_hosts: tuple[str, ...] = ()  # as observers see us, IPv4 and IPv6
     mapped_addresses: tuple[str, ...] = ()  # "host:port" at the router, and it answered
     lan_hosts: tuple[str, ...] = ()
-    n_observers: int = 0
+    n_observers: int = 0  # members that could judge; with one, kinds are the strictest that fit
     measured_at: float = field(compare=False)  # monotonic seconds
 
     def to_card(self, *, now: float) -> NatCard:

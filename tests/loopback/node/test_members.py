@@ -94,7 +94,7 @@ async def test_its_documents_beats_and_links_are_refused_from_then_on(
             with pytest.raises(UpdateRejected, match="no member"):
                 node.replica.apply(envelope)
         with pytest.raises(UpdateRejected, match="no member"):
-            node.awareness.receive(gone.awareness.beat(0.0, {}), 0.0)
+            node.awareness.receive(gone.awareness.beat(0.0, {}, ttl_s=5), 0.0)
         with pytest.raises(TransportError):
             await gone.dial(node)
         with pytest.raises(TransportError):

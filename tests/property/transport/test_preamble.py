@@ -84,19 +84,6 @@ def test_a_full_memory_refuses_and_then_forgets() -> None:
     assert len(door._seen) == 1
 
 
-@given(st.floats(0, 2 * STALE_AFTER_S))
-def test_what_passed_before_a_restart_does_not_pass_after_it(down_s: float) -> None:
-    before, hello = gate(opened_at=NOW - 100), build()
-    assert before.judge(hello, unix_time=NOW)[0] is Verdict.GOOD
-    opened_at = NOW + BEFORE_OPENING_S + 0.01 + down_s
-    after = gate(opened_at=opened_at)
-    assert after.judge(hello, unix_time=opened_at)[0] in (Verdict.BEFORE_US, Verdict.STALE)
-
-
-def test_a_member_whose_clock_is_a_little_behind_gets_in_at_once() -> None:
-    assert gate(opened_at=NOW + 4.0).judge(build(), unix_time=NOW + 4.0)[0] is Verdict.GOOD
-
-
 @given(nonces, nonces)
 def test_a_receipt_is_for_one_preamble_and_needs_the_key(nonce: bytes, other: bytes) -> None:
     door, hello = gate(), build(nonce)
@@ -108,3 +95,16 @@ def test_a_receipt_is_for_one_preamble_and_needs_the_key(nonce: bytes, other: by
     assert receipt != build_receipt(hello, key=b"x" * 32, peer_id=PEER)
     assert receipt != build_receipt(hello, key=KEY, peer_id=PEER + "2")
     assert (receipt == door.receipt(build(other))) == (nonce == other)
+
+
+@given(st.floats(0, 2 * STALE_AFTER_S))
+def test_what_passed_before_a_restart_does_not_pass_after_it(down_s: float) -> None:
+    before, hello = gate(opened_at=NOW - 100), build()
+    assert before.judge(hello, unix_time=NOW)[0] is Verdict.GOOD
+    opened_at = NOW + BEFORE_OPENING_S + 0.01 + down_s
+    after = gate(opened_at=opened_at)
+    assert after.judge(hello, unix_time=opened_at)[0] in (Verdict.BEFORE_US, Verdict.STALE)
+
+
+def test_a_member_whose_clock_is_a_little_behind_gets_in_at_once() -> None:
+    assert gate(opened_at=NOW + 4.0).judge(build(), unix_time=NOW + 4.0)[0] is Verdict.GOOD
