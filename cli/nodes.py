@@ -205,12 +205,17 @@ def join(
 
 
 def invite(
-    hours: Annotated[float, typer.Option(min=0.01, max=720, help="How long it is good for.")] = 24,
-    uses: Annotated[int, typer.Option(min=1, max=1000, help="How many machines it lets in.")] = 8,
+    hours: Annotated[
+        float, typer.Option(min=0.01, max=720, help="How long it is good for, in hours.")
+    ] = 24,
+    uses: Annotated[
+        int,
+        typer.Option(min=1, max=1000, help="How many machines it lets in: whoever comes first."),
+    ] = 1,
     home: options.Home = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Print a new invite to the swarm of this machine's node."""
+    """Print a new invite to the swarm of this machine's node; keep it as secret as a password."""
     from .local import local_client
 
     with local_client(home) as client:

@@ -22,7 +22,7 @@ from covey.store.replica import Replica
 from covey.store.schema import MemberCard, Ready, Revocation
 from covey.store.views import Views
 from covey.transport.control import ControlPlane
-from covey.transport.errors import TransportError
+from covey.transport.errors import LinkClosed, PeerLeft, TransportError
 from covey.transport.frame import Frame
 from covey.transport.identity import Identity, verify
 from covey.transport.membership import Swarm
@@ -40,7 +40,7 @@ from .epochs import Epochs
 from .errors import NotReady, RemovedFromSwarm
 from .facts import member_facts, status_facts
 from .generation import Generator
-from .gossip import AWARENESS_TTL_S, Gossip
+from .gossip import Gossip
 from .home import Home
 from .members import Members
 from .membership import (
@@ -100,7 +100,6 @@ class Node:
             sign=identity.sign,
             verify=verify,
             is_member=self._is_allowed,
-            ttl_s=AWARENESS_TTL_S,
             started_ms=int(self.started_at * 1000),
         )
         clock = asyncio.get_running_loop().time
@@ -154,6 +153,7 @@ class Node:
             self.awareness,
             clock,
             rng,
+            watched=self._plan_partners,
             state=lambda: {"epoch": self.swarm.epoch},
         )
         self.control = Control(self._make_control, on_new=self._control_replaced, rng=rng)
@@ -161,10 +161,12 @@ class Node:
             control=self.control.plane,
             mesh=self.mesh,
             views=self.views,
+            home=home,
             swarm=entry.swarm.id,
             own_peer_id=self.peer_id,
-            bootstrap=[a for member in entry.known for a in member.control_addresses],
+            known=entry.known,
             is_allowed=self._is_allowed,
+            live=self.live_peers,
             rng=rng,
             on_failed=self.epochs.dial_failed,
         )
@@ -225,10 +227,10 @@ class Node:
         """See `Service.members_facts`."""
         return member_facts(self)
 
-    def remove_member(self, member: str) -> dict[str, Any]:
+    def remove_member(self, member: str, *, with_invited: bool) -> dict[str, Any]:
         """See `Service.remove_member`."""
-        revocation = self.epochs.remove(member)
-        return {"removed": {"peer_id": revocation.member, "name": revocation.name}}
+        removals = self.epochs.remove(member, with_invited=with_invited)
+        return {"removed": [{"peer_id": said.member, "name": said.name} for said in removals]}
 
     def allow_member(self, member: str) -> dict[str, Any]:
         """See `Service.allow_member`."""
@@ -366,6 +368,11 @@ class Node:
         heard = filter(self._is_allowed, self.awareness.live(self.clock()))
         return frozenset({self.peer_id, *heard})
 
+    def _plan_partners(self) -> set[str]:
+        """Those who hold another stage of a plan that we hold a stage of."""
+        plans = [stage.route.plan for stage in self.server.stages.values()]
+        return {peer for plan in plans for peer in plan.peers} - {self.peer_id}
+
     def _is_allowed(self, peer_id: str) -> bool:
         """Every holder of the secret is a member, unless it was removed."""
         return self.members.is_allowed(peer_id)
@@ -392,7 +399,7 @@ class Node:
 
     def _link_down(self, peer_id: str, error: TransportError) -> None:
         logger.info("link down: %s", error, extra={"peer": peer_id[-8:]})
-        self.gossip.link_down(peer_id)
+        self.gossip.link_down(peer_id, is_failure=not isinstance(error, LinkClosed | PeerLeft))
         self.server.peer_lost(peer_id)
         self.pipelines.peer_lost(peer_id)
         self.planning.wake()

@@ -142,11 +142,12 @@ class Service(Protocol):
     def members_facts(self) -> dict[str, Any]:
         """JSON facts: who is in the swarm, who was removed and by whom."""
 
-    def remove_member(self, member: str) -> dict[str, Any]:
+    def remove_member(self, member: str, *, with_invited: bool) -> dict[str, Any]:
         """Remove a member for good; the facts of what was done.
 
         Args:
             member: name, peer id, or the last characters of one.
+            with_invited: those too that are in only by its word.
 
         Raises:
             InvalidRequest: none or several are called so, or it cannot be removed.

@@ -16,6 +16,7 @@ from msgspec import Meta
 from .envelope import AuthorId, Signature
 from .errors import RecordMalformed
 
+MAX_RELAYS = 4  # that a member behind a NAT can be reached through
 MAX_BLOCKS = 1024  # the deepest model known has 126
 # A rotation has to fit into one value: 256 copies take 43 KiB in JSON, 256 names 14 KiB.
 MAX_REMOVED = 256
@@ -86,11 +87,15 @@ class MemberCard(Record, frozen=True, kw_only=True):
     memory_bytes: NBytes | None  # None: not limited by its owner
     version: Annotated[str, Meta(max_length=32)]
     started_at: UnixSeconds
+    relays: Annotated[tuple[AuthorId, ...], Meta(max_length=MAX_RELAYS)] = ()  # best first
+    is_reachable: bool | None = None  # at `addresses`, as members found out; None: nobody knows
 
     def __post_init__(self) -> None:
         """Check what types cannot say."""
         for address in self.addresses:
             _check_endpoint(address)
+        if self.peer_id in self.relays or len(set(self.relays)) != len(self.relays):
+            raise ValueError("a relay is the member itself, or named twice")
 
 
 class BlobEntry(msgspec.Struct, frozen=True, array_like=True):

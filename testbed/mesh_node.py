@@ -4,9 +4,11 @@ A transport and nothing above it, so it starts fast. SEED is the identity in hex
 the swarm in JSON, PORT what it listens on, on every address. It reads commands and writes what
 happens, one JSON object a line; `testbed.members` is the other end. Seconds count from the command.
 
-    {"do": "learn", "peer": ID, "addresses": [...]}   where a peer may be dialled
+    {"do": "learn", "peer": ID, "addresses": [...], "relays": [ID, ...]}   where a peer may be found
+    {"do": "see", "relays": {ID: HOST, ...}}   members that relay and can be dialled
     {"do": "dial", "peer": ID}   answered by "first-byte" or "failed", then "path" at each change
     {"said": "ready", "peer": ID, "addresses": [...]}
+    {"said": "reach", "peer": ID, "udp": KIND, "tcp": KIND, "is_reachable": ..., "relays": [ID]}
     {"said": "up", "peer": ID, "kind": ...}, {"said": "down", "peer": ID, "why": ...}
     {"said": "first-byte", "peer": ID, "kind": ..., "s": ...}
     {"said": "path", "peer": ID, "kind": ..., "s": ...}   and the next two while the link is watched
@@ -28,6 +30,7 @@ from covey.transport.identity import Identity
 from covey.transport.membership import Swarm
 from covey.transport.mesh import Mesh
 from covey.transport.peer import Peer
+from covey.transport.reach import Reach
 
 ANSWER_S = 20.0
 WATCH_EVERY_S = 0.005
@@ -36,8 +39,9 @@ WATCH_EVERY_S = 0.005
 class Node:
     """Carries out what it is told."""
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, reach: Reach) -> None:
         self._mesh = mesh
+        self._reach = reach
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def obey(self) -> None:
@@ -50,7 +54,10 @@ class Node:
             command: dict[str, Any] = json.loads(line)
             match command["do"]:
                 case "learn":
-                    self._mesh.learn(command["peer"], command["addresses"])
+                    peer_id, addresses = command["peer"], command["addresses"]
+                    self._mesh.learn(peer_id, addresses, relays=command["relays"])
+                case "see":
+                    self._reach.see(command["relays"])
                 case "dial":
                     task = asyncio.create_task(self._dial(command["peer"], time.perf_counter()))
                     self._tasks.add(task)
@@ -82,6 +89,19 @@ def _say_up(peer: Peer) -> None:
     say("up", peer.peer_id, kind=peer.kind.value)
 
 
+def _say_reach(reach: Reach) -> None:
+    facts = reach.facts
+    if facts.n_observers:
+        say(
+            "reach",
+            reach.peer_id,
+            udp=facts.udp.value,
+            tcp=facts.tcp.value,
+            is_reachable=reach.is_reachable,
+            relays=reach.relays,
+        )
+
+
 def _say_down(peer_id: str, error: TransportError) -> None:
     say("down", peer_id, why=str(error))
 
@@ -97,8 +117,10 @@ async def main(seed: str, state: str, port: str) -> None:
         on_up=_say_up,
         on_down=_say_down,
     ) as mesh:
-        say("ready", mesh.peer_id, addresses=mesh.addresses)
-        await Node(mesh).obey()
+        reach = Reach(mesh, swarm, on_change=lambda: _say_reach(reach))
+        async with reach:
+            say("ready", mesh.peer_id, addresses=mesh.addresses)
+            await Node(mesh, reach).obey()
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from .identity import Identity, verify
 
 MAX_RECORD_BYTES = 4096
 MAX_ADDRESSES = 16
+MAX_RELAYS = 4
 MAX_LIFETIME_S = 30 * 24 * 3600  # a bound, not advice; the DHT itself forgets values after a day
 
 _SIGNED_AS = b"covey peer record 1\0"
@@ -69,6 +70,11 @@ class PeerRecord:
     """Grows with every record of this peer, also across restarts."""
     expires_at: Annotated[int, Meta(ge=0, le=(1 << 53) - 1)]
     """Unix seconds; from then on nobody may believe it."""
+    relays: Annotated[tuple[_PeerIdText, ...], Meta(max_length=MAX_RELAYS)] = ()
+    """Members that pass links on to this one, best first. Older versions leave it out, and do not
+    read it."""
+    is_reachable: bool | None = None
+    """Whether others can dial `addresses`, as members found out; None if nobody knows."""
 
     def sign(self, private_key: bytes) -> bytes:
         """Encode and sign with the raw 32-byte Ed25519 seed of `peer_id`.
@@ -158,6 +164,8 @@ def _decode_payload(payload: bytes) -> PeerRecord:
         raise RecordRejected(str(error)) from error
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise RecordRejected("malformed payload") from error
+    if record.peer_id in record.relays or len(set(record.relays)) != len(record.relays):
+        raise RecordRejected("a relay that is its own peer, or named twice")
     for address in record.addresses:
         host, _, port = address.rpartition(":")
         bracketed = host.startswith("[") and host.endswith("]")

@@ -36,6 +36,7 @@ from .requests import (
     CompletionRequest,
     InviteRequest,
     MemberRequest,
+    RemovalRequest,
     field_name,
     parse,
 )
@@ -197,8 +198,9 @@ async def members(request: Request) -> Response:
 @control_routes.post("/members/remove")
 async def remove_member(request: Request) -> Response:
     """Remove a member for good."""
-    asked = parse(MemberRequest, await read_body(request))
-    return JSONResponse(state_of(request.app).service.remove_member(asked.member))
+    asked = parse(RemovalRequest, await read_body(request))
+    service = state_of(request.app).service
+    return JSONResponse(service.remove_member(asked.member, with_invited=asked.with_invited))
 
 
 @control_routes.post("/members/allow")

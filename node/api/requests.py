@@ -294,9 +294,15 @@ class InviteRequest(_Strict):
 
 
 class MemberRequest(_Strict):
-    """The body of POST /covey/members/remove and /covey/members/allow."""
+    """The body of POST /covey/members/allow."""
 
     member: Annotated[str, Field(min_length=1, max_length=128)]  # name, peer id or how it ends
+
+
+class RemovalRequest(MemberRequest):
+    """The body of POST /covey/members/remove."""
+
+    with_invited: bool = False
 
 
 BodyT = TypeVar("BodyT", bound=BaseModel)

@@ -76,10 +76,10 @@ class FakeService:
     def members_facts(self) -> dict[str, Any]:
         return {"members": [], "removed": []}
 
-    def remove_member(self, member: str) -> dict[str, Any]:
+    def remove_member(self, member: str, *, with_invited: bool) -> dict[str, Any]:
         if member != "kitchen":
             raise NotAllowed("ask the founder")
-        return {"removed": {"peer_id": "p", "name": member}}
+        return {"removed": [member, with_invited]}
 
     def allow_member(self, member: str) -> dict[str, Any]:
         return {"allowed": {"peer_id": "p", "name": member}}

@@ -51,6 +51,10 @@ def _ignore(facts: NatFacts) -> None:
     """Nobody wants to know."""
 
 
+def _ignore_address() -> None:
+    """Nobody wants to know."""
+
+
 class NatService:
     """Composes everything in this package for one mesh that listens; `async with` runs it."""
 
@@ -60,10 +64,15 @@ class NatService:
         swarm: Swarm,
         *,
         on_change: OnChange = _ignore,
+        on_address_change: Callable[[], None] = _ignore_address,
         maps_ports: bool = True,
         is_outside: Callable[[str], bool] = is_public,
     ) -> None:
-        """`on_change` must not block; `is_outside` says which members can judge our NAT."""
+        """The callbacks must not block; `is_outside` says which members can judge our NAT.
+
+        `on_address_change` is called when this machine has come to another network.
+        """
+        self._on_address_change = on_address_change
         self._mesh = mesh
         self._keys = ObserveKeys.of(swarm)
         self._responder = Responder(swarm.stun_key, self._is_peer)
@@ -293,6 +302,7 @@ class NatService:
 
     def _address_changed(self) -> None:
         """What was known is of another network."""
+        self._on_address_change()
         self._is_stale = True
         self._observers = []
         self._set(
