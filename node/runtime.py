@@ -36,9 +36,10 @@ from .catalog import Catalog, LocalModel
 from .config import NodeConfig
 from .control import Control
 from .discovery import Discovery
+from .doctor import doctor_facts, ping_facts
 from .engines import Engines
 from .epochs import Epochs
-from .errors import NotReady, RemovedFromSwarm
+from .errors import MemberUnreachable, NotReady, RemovedFromSwarm
 from .facts import member_facts, status_facts
 from .generation import Generator
 from .gossip import Gossip
@@ -239,6 +240,21 @@ class Node:
         delegation = self.members.allow(member)
         name = self.members.name_of(delegation.member)
         return {"allowed": {"peer_id": delegation.member, "name": name}}
+
+    async def doctor(self) -> dict[str, Any]:
+        """See `Service.doctor`."""
+        others = sorted(self.live_peers() - {self.peer_id})
+        names = {peer_id: self.members.name_of(peer_id) for peer_id in others}
+        return await doctor_facts(self.reach, self.mesh, names)
+
+    async def ping(self, member: str, *, count: int) -> dict[str, Any]:
+        """See `Service.ping`."""
+        peer_id = self.members.find(member)
+        try:
+            peer = await self.mesh.peer(peer_id)
+            return await ping_facts(peer, self.members.name_of(peer_id), count=count)
+        except TransportError as error:
+            raise MemberUnreachable(str(error)) from error
 
     def request_stop(self) -> None:
         """See `Service.request_stop`."""
