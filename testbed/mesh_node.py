@@ -137,9 +137,12 @@ async def main(seed: str, state: str, port: str) -> None:
             reach.link_down(peer_id)
         say("down", peer=peer_id, why=str(error))
 
-    async with Mesh(
-        identity, swarm, handler=lambda peer, frame: None, listen=listen, on_down=on_down
-    ) as mesh, Reach(mesh, swarm) as reach:
+    async with (
+        Mesh(
+            identity, swarm, handler=lambda peer, frame: None, listen=listen, on_down=on_down
+        ) as mesh,
+        Reach(mesh, swarm) as reach,
+    ):
         down.append(reach)
         await Node(mesh, reach).obey()
 
