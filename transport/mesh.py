@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from .contact import Contact
-from .dialling import Dialler, RelayWays
+from .dialling import Dialler, RelayWays, discard
 from .errors import (
     ErrorCode,
     LinkBroken,
@@ -278,7 +278,11 @@ class Mesh:
             if contact.peer is None:
                 raise PeerUnreachable(peer_id, "it closed the link") from error
         else:
-            await self._replace(contact)
+            try:
+                await self._replace(contact)
+            except asyncio.CancelledError:
+                carrier.abort(LinkBroken("the dial was given up"))
+                raise
             self._take_up(SteadyLink(carrier, hello.link), contact)
         finally:
             contact.dial = None
@@ -297,8 +301,10 @@ class Mesh:
         contact.moving = making = self._tasks.spawn(make(hello), "move")
         try:
             await asyncio.wait({making})
+        except asyncio.CancelledError:
+            discard(making)
+            raise
         finally:
-            making.cancel()
             contact.moving = None
         if making.cancelled():
             raise LinkBroken("the link went another way meanwhile")
