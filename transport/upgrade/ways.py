@@ -270,7 +270,7 @@ class Follower(_End):
                     ready()
                     hosts = list(self._facts_of(peer).public_hosts)
                     carrier = await self._open_rtc(peer, texts, is_dialer=False, hosts=hosts)
-                await mesh.admit(carrier)
+                await mesh.reception.admit(carrier)
             case "birthday_hard":
                 connections = birthday_hard(_first(addresses))
                 ready()
@@ -307,8 +307,8 @@ class Follower(_End):
     async def _accept_punched(self, peer: Peer, connections: Connections) -> None:
         await asyncio.sleep((peer.rtt_s or 0.0) / 2)  # the other end hears of it then
         mesh = self._mesh
-        connection, key_id = await acceptor_end(connections, mesh.gate)
-        await mesh.admit_keyed(connection, key_id, LinkKind.PUNCHED)
+        connection, key_id = await acceptor_end(connections, mesh.reception.gate)
+        await mesh.reception.admit_keyed(connection, key_id, LinkKind.PUNCHED)
 
 
 async def confirmed_host(mesh: Mesh, peer: Peer, facts: NatFacts) -> str:
