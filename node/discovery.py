@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from covey.store.views import Views
 from covey.transport.control import ControlPlane
-from covey.transport.control_records import MAX_RELAYS, ControlError, PeerRecord
+from covey.transport.control_records import MAX_MAPPED, MAX_RELAYS, ControlError, PeerRecord
 from covey.transport.errors import TransportError
 from covey.transport.mesh import Mesh
 from covey.transport.messages import MemberEntry
@@ -81,6 +81,7 @@ class Discovery:
         self._rng = rng
         self._seen = _load(home)
         self._relays: tuple[str, ...] = ()
+        self._mapped: tuple[str, ...] = ()
         self._is_reachable: bool | None = None
         self._on_failed = on_failed
         self._tasks = Tasks()
@@ -123,36 +124,50 @@ class Discovery:
         """Search again soon: a member came or went."""
         self._hurry.set()
 
-    def update_reach(self, *, is_reachable: bool | None, relays: Sequence[str] = ()) -> None:
+    def update_reach(
+        self,
+        *,
+        is_reachable: bool | None,
+        relays: Sequence[str] = (),
+        mapped: Sequence[str] = (),
+    ) -> None:
         """Announce how we can be reached, when that has changed.
 
         Args:
             is_reachable: whether others can dial our addresses; None if nobody knows.
             relays: members that pass links on to us, best first; four are announced.
+            mapped: where a router forwards to us.
         """
-        reach = (is_reachable, tuple(relays[:MAX_RELAYS]))
-        if reach != (self._is_reachable, self._relays):
-            self._is_reachable, self._relays = reach
+        reach = (is_reachable, tuple(relays[:MAX_RELAYS]), tuple(mapped[:MAX_MAPPED]))
+        if reach != (self._is_reachable, self._relays, self._mapped):
+            self._is_reachable, self._relays, self._mapped = reach
             self._announce_now.set()
 
     # --- announcing --------------------------------------------------------------------------
+
+    async def announce(self) -> None:
+        """Publish our record in the DHT, which we enter first if need be.
+
+        Raises:
+            ControlError: it does not stand there.
+        """
+        await self._control.set_reachable(is_reachable=self._is_reachable is not False)
+        if not self.announced.is_set():
+            await self._enter_dht()
+        await self._control.announce(self._own_record())
+        self._n_announced_to = len(self._known)
+        self.announced.set()
 
     async def _announce_for_ever(self) -> None:
         while True:
             self._announce_now.clear()
             try:
-                await self._control.set_reachable(is_reachable=self._is_reachable is not False)
-                if not self.announced.is_set():
-                    await self._enter_dht()
-                await self._control.announce(self._own_record())
-                self.announced.set()
-                self._n_announced_to = len(self._known)
-                self._has_tried.set()
+                await self.announce()
                 delay_s = ANNOUNCE_S * (0.8 + 0.4 * self._rng.random())  # not all at one moment
             except ControlError as error:
                 logger.warning("not announced in the DHT: %s", error)
-                self._has_tried.set()
                 delay_s = RETRY_ANNOUNCE_S
+            self._has_tried.set()
             await _at_most(self._announce_now, delay_s)
 
     async def _enter_dht(self) -> int:
@@ -191,6 +206,7 @@ class Discovery:
             sequence=int(now * 1000),
             expires_at=int(now) + RECORD_TTL_S,
             relays=self._relays,
+            mapped=self._mapped,
             is_reachable=self._is_reachable,
         )
 
@@ -206,11 +222,12 @@ class Discovery:
                 attempt = 0
                 await asyncio.sleep(SEARCH_S[0] / 4)  # however often members come and go
             if self._is_time_to_search(attempt, searched_at):
-                await self._search()
+                await self.search()
                 searched_at = asyncio.get_running_loop().time()
                 attempt += 1
 
-    async def _search(self) -> None:
+    async def search(self) -> None:
+        """Look in the DHT for members that we do not know."""
         try:
             known = self._known & self._views.members().keys()
             for record in await self._control.discover(known):
@@ -232,7 +249,9 @@ class Discovery:
     def _learn(self, record: PeerRecord) -> None:
         if not self._is_allowed(record.peer_id):
             return
-        self._mesh.learn(record.peer_id, record.addresses)
+        self._mesh.learn(
+            record.peer_id, record.addresses, mapped=record.mapped, relays=record.relays
+        )
         if record.peer_id not in self._known:
             self.n_found_by_dht += 1
             self._known.add(record.peer_id)
@@ -257,7 +276,9 @@ class Discovery:
         while True:
             for peer_id, card in self._views.members().items():
                 if peer_id != self._own and self._is_allowed(peer_id):
-                    self._mesh.learn(peer_id, card.addresses)
+                    self._mesh.learn(
+                        peer_id, card.addresses, mapped=card.mapped, relays=card.relays
+                    )
                     self._known.add(peer_id)
             if self.announced.is_set() and len(self._known) > GROWTH * self._n_announced_to:
                 self._announce_now.set()  # those closest to our key are others by now

@@ -157,5 +157,16 @@ class Service(Protocol):
     def allow_member(self, member: str) -> dict[str, Any]:
         """Let a member remove others; only the founder may. Arguments and errors as above."""
 
+    async def doctor(self) -> dict[str, Any]:
+        """JSON facts: the NAT in the way, what could be changed, how members are reached."""
+
+    async def ping(self, member: str, *, count: int) -> dict[str, Any]:
+        """JSON facts: what carries the link to a member, round trips, loss, throughput.
+
+        Raises:
+            InvalidRequest: none or several are called so.
+            MemberUnreachable: there is no link to it, and none can be made.
+        """
+
     def request_stop(self) -> None:
         """Ask the node to stop gracefully."""

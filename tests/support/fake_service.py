@@ -7,7 +7,7 @@ import math
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
-from covey.node.errors import NotAllowed, UnknownModel
+from covey.node.errors import MemberUnreachable, NotAllowed, UnknownModel
 from covey.node.service import (
     Delta,
     Event,
@@ -75,6 +75,14 @@ class FakeService:
 
     def members_facts(self) -> dict[str, Any]:
         return {"members": [], "removed": []}
+
+    async def doctor(self) -> dict[str, Any]:
+        return {"nat": {"tcp": "open"}, "findings": []}
+
+    async def ping(self, member: str, *, count: int) -> dict[str, Any]:
+        if member != "kitchen":
+            raise MemberUnreachable(f"cannot reach {member}")
+        return {"name": member, "sent": count}
 
     def remove_member(self, member: str, *, with_invited: bool) -> dict[str, Any]:
         if member != "kitchen":

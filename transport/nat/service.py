@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Self
 
-from covey.transport.addresses import reachable_hosts
+from covey.transport.addresses import format_address, reachable_hosts
 from covey.transport.errors import TransportError
 from covey.transport.listener import Listener
 from covey.transport.membership import Swarm
@@ -29,7 +29,7 @@ from .address_watch import AddressWatch
 from .answering import Answering, Ports
 from .classifier import Classifier, Observer, Step
 from .explain import Finding, explain
-from .facts import MAX_HOSTS, MAX_LAN_HOSTS, NatFacts, is_public
+from .facts import MAX_HOSTS, MAX_LAN_HOSTS, NatFacts, is_near, is_public
 from .mapping import Mapped, PortMapper
 from .observation import OTHER_PORT, ObservationDoor, ObserveKeys, observe, reusable_socket
 from .responder import Responder, UdpPort, open_responder
@@ -229,8 +229,13 @@ class NatService:
         return not is_recent and bool(candidates - self._asked)
 
     def _candidates(self) -> frozenset[Peer]:
-        peers = self._mesh.peers.values()
-        return frozenset(peer for peer in peers if self._is_outside(peer.remote_host or ""))
+        own_hosts = self._own_hosts()
+        return frozenset(
+            peer
+            for peer in self._mesh.peers.values()
+            if self._is_outside(peer.remote_host or "")
+            and not is_near(peer.remote_host or "", own_hosts)
+        )
 
     def _live_observers(self) -> list[Observer]:
         return [observer for observer in self._observers if observer.peer.error is None]
@@ -264,6 +269,7 @@ class NatService:
         if mapped is not None:
             four = [observer for observer in observers if ":" not in observer.host]
             verified = await classifier.reachable(four, mapped.outer_port)
+            verified = tuple(format_address(host, mapped.outer_port) for host in verified)
         self._observers = observers
         self.steps = tuple(classifier.steps)
         # Most of them agree on one host of ours, whatever a single one may say.
@@ -273,6 +279,7 @@ class NatService:
             tcp=tcp,
             port=port,
             is_reachable=bool(reached),
+            reachable_hosts=reached[:MAX_HOSTS],
             public_hosts=tuple(host for host, _ in seen.most_common(MAX_HOSTS)),
             mapped_addresses=verified,
             lan_hosts=self._lan_hosts(),

@@ -425,6 +425,33 @@ async def test_a_removal_names_one_member(body: dict[str, object]) -> None:
             assert (await client.post(f"/covey/members/{what}", json=body)).status_code == 400
 
 
+async def test_the_doctor_and_a_ping_are_asked_for() -> None:
+    async with client_of(FakeService()) as client:
+        client.headers.update(CONTROL)
+        assert (await client.get("/covey/doctor")).json()["nat"] == {"tcp": "open"}
+        ping = await client.post("/covey/ping", json={"member": "kitchen", "count": 3})
+        assert ping.json() == {"name": "kitchen", "sent": 3}
+        lost = await client.post("/covey/ping", json={"member": "attic"})
+        assert lost.status_code == 502
+        assert lost.json()["error"]["code"] == "member_unreachable"
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"member": ""}, {"member": "a", "count": 0}, {"member": "a", "count": 51}]
+)
+async def test_a_ping_has_its_limits(body: dict[str, object]) -> None:
+    async with client_of(FakeService()) as client:
+        client.headers.update(CONTROL)
+        assert (await client.post("/covey/ping", json=body)).status_code == 400
+
+
+async def test_the_doctor_needs_the_control_key() -> None:
+    async with client_of(FakeService(), api_key="key") as client:
+        headers = {"Authorization": "Bearer key"}
+        assert (await client.get("/covey/doctor", headers=headers)).status_code == 401
+        assert (await client.post("/covey/ping", headers=headers)).status_code == 401
+
+
 async def test_members_need_the_control_key() -> None:
     async with client_of(FakeService(), api_key="key") as client:
         for headers in ({}, {"Authorization": "Bearer key"}):
