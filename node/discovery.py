@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from covey.store.views import Views
 from covey.transport.control import ControlPlane
-from covey.transport.control_records import MAX_RELAYS, ControlError, PeerRecord
+from covey.transport.control_records import MAX_MAPPED, MAX_RELAYS, ControlError, PeerRecord
 from covey.transport.errors import TransportError
 from covey.transport.mesh import Mesh
 from covey.transport.messages import MemberEntry
@@ -81,6 +81,7 @@ class Discovery:
         self._rng = rng
         self._seen = _load(home)
         self._relays: tuple[str, ...] = ()
+        self._mapped: tuple[str, ...] = ()
         self._is_reachable: bool | None = None
         self._on_failed = on_failed
         self._tasks = Tasks()
@@ -123,16 +124,23 @@ class Discovery:
         """Search again soon: a member came or went."""
         self._hurry.set()
 
-    def update_reach(self, *, is_reachable: bool | None, relays: Sequence[str] = ()) -> None:
+    def update_reach(
+        self,
+        *,
+        is_reachable: bool | None,
+        relays: Sequence[str] = (),
+        mapped: Sequence[str] = (),
+    ) -> None:
         """Announce how we can be reached, when that has changed.
 
         Args:
             is_reachable: whether others can dial our addresses; None if nobody knows.
             relays: members that pass links on to us, best first; four are announced.
+            mapped: where a router forwards to us.
         """
-        reach = (is_reachable, tuple(relays[:MAX_RELAYS]))
-        if reach != (self._is_reachable, self._relays):
-            self._is_reachable, self._relays = reach
+        reach = (is_reachable, tuple(relays[:MAX_RELAYS]), tuple(mapped[:MAX_MAPPED]))
+        if reach != (self._is_reachable, self._relays, self._mapped):
+            self._is_reachable, self._relays, self._mapped = reach
             self._announce_now.set()
 
     # --- announcing --------------------------------------------------------------------------
@@ -191,6 +199,7 @@ class Discovery:
             sequence=int(now * 1000),
             expires_at=int(now) + RECORD_TTL_S,
             relays=self._relays,
+            mapped=self._mapped,
             is_reachable=self._is_reachable,
         )
 
@@ -232,7 +241,9 @@ class Discovery:
     def _learn(self, record: PeerRecord) -> None:
         if not self._is_allowed(record.peer_id):
             return
-        self._mesh.learn(record.peer_id, record.addresses)
+        self._mesh.learn(
+            record.peer_id, record.addresses, mapped=record.mapped, relays=record.relays
+        )
         if record.peer_id not in self._known:
             self.n_found_by_dht += 1
             self._known.add(record.peer_id)
@@ -257,7 +268,9 @@ class Discovery:
         while True:
             for peer_id, card in self._views.members().items():
                 if peer_id != self._own and self._is_allowed(peer_id):
-                    self._mesh.learn(peer_id, card.addresses)
+                    self._mesh.learn(
+                        peer_id, card.addresses, mapped=card.mapped, relays=card.relays
+                    )
                     self._known.add(peer_id)
             if self.announced.is_set() and len(self._known) > GROWTH * self._n_announced_to:
                 self._announce_now.set()  # those closest to our key are others by now

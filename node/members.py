@@ -236,9 +236,10 @@ class Members:
             except RecordMalformed as error:
                 logger.debug("a statement is ignored: %s", error)
                 continue
-            if statement.by in self._authors() and len(self._heard) < MAX_HEARD:
+            is_believed = statement.by in self._authors() and self._is_genuine(statement)
+            if is_believed and len(self._heard) < MAX_HEARD:
                 self._heard[data] = statement
-                self._look()
+        self._look()
 
     def proof_of_removal(self, peer_id: str) -> list[bytes]:
         """What a removed peer needs in order to believe it."""
@@ -317,16 +318,26 @@ class Members:
             extra={"peer": peer_id[-8:]},
         )
         if peer_id != self._own:
-            link = self._mesh.peers.get(peer_id)
-            if link is not None:
-                try:
-                    link.post(MembershipNotice(statements=self.proof_of_removal(peer_id)))
-                except TransportError:
-                    logger.debug("the link ended before", extra={"peer": peer_id[-8:]})
+            self._tell(peer_id)
             self._loop.call_later(LAST_WORDS_S, self._mesh.drop, peer_id)
             self._awareness.forget(peer_id)
             self._replica.forget(peer_id)
         self._on_removed(revocation)
+
+    def _tell(self, removed: str) -> None:
+        """Tell the removed one why, and at once every member that we have a link to.
+
+        The store would do the latter too, but a hello may be lost, and its repair takes seconds.
+        """
+        proof, rotation = self.proof_of_removal(removed), self.standing.rotation
+        news = [*proof, encode_statement(rotation)] if rotation is not None else proof
+        for peer_id, link in self._mesh.peers.items():
+            if peer_id == removed or self.is_allowed(peer_id):
+                said = proof if peer_id == removed else news
+                try:
+                    link.post(MembershipNotice(statements=said))
+                except TransportError:
+                    logger.debug("the link ended before", extra={"peer": peer_id[-8:]})
 
     # --- inside ------------------------------------------------------------------------------
 

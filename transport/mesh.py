@@ -188,13 +188,13 @@ class Mesh:
         Args:
             peer_id: whom.
             addresses: "host:port" each.
-            mapped: those of them that a router forwards to it.
+            mapped: others, that a router forwards to it.
             relays: peer ids of members that it keeps a link to, to be reached through.
         """
         if peer_id != self.peer_id:
             contact = self._contact(peer_id)
-            contact.addresses = tuple(addresses)
             contact.mapped, contact.relays = tuple(mapped), tuple(relays)
+            contact.addresses = tuple(dict.fromkeys((*contact.mapped, *addresses)))
 
     def addresses_of(self, peer_id: str) -> tuple[str, ...]:
         """Where a peer can be dialled, as far as is known."""

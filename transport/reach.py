@@ -116,8 +116,10 @@ class Reach:
         return self.nat.facts
 
     @property
-    def is_reachable(self) -> bool:
-        """Whether members anywhere can dial this node, so that it can relay for others."""
+    def is_reachable(self) -> bool | None:
+        """Whether members anywhere can dial this node, so that it can relay; None: unknown."""
+        if not self.facts.n_observers:
+            return None
         return self.facts.is_reachable or bool(self.facts.mapped_addresses)
 
     @property
@@ -153,8 +155,7 @@ class Reach:
     # --- inside ------------------------------------------------------------------------------
 
     def _facts_changed(self, facts: NatFacts) -> None:
-        is_needed = facts.n_observers > 0 and not self.is_reachable
-        self.holder.need(is_needed=is_needed)
+        self.holder.need(is_needed=self.is_reachable is False)
         self._tell()
 
     def _path_changed(self, peer: Peer) -> None:

@@ -60,7 +60,7 @@ def test_a_router_may_change_its_kind(pair: Lab, kind: NatKind) -> None:
 
 def test_a_router_that_does_something_else_breaks_the_lab(pair: Lab) -> None:
     pair.machines["home"].run("nft", "-f", "-", stdin=rules(Nat(NatKind.SYMMETRIC)))
-    with pytest.raises(LabBroken, match="left should be port-restricted .* and is symmetric"):
+    with pytest.raises(LabBroken, match=r"left should be port-restricted .* and is symmetric"):
         pair.prove(["left"])
     assert pair.prove(["left"])  # a failed proof leaves the router as it was declared
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -38,6 +39,7 @@ from covey.transport.tls import authenticate
 PUNCH_S = 4.0
 ECHO_S = 3.0
 IDENTITIES = {True: Identity(bytes(32)), False: Identity(bytes([1] * 32))}  # dialer, acceptor
+STARTED_AT = time.time()
 SWARM = Swarm.create(IDENTITIES[True].peer_id, entropy=lambda n: bytes([7]) * n)
 
 
@@ -101,7 +103,8 @@ class Node:
             connection = await dialer_end(connections, self.credentials, peer_id=self.peer_id)
             context = self.credentials.contexts.client
         else:
-            gate = PreambleGate(IDENTITIES[False].peer_id, {SWARM.key_id: SWARM.preamble_key}.get)
+            keys = {SWARM.key_id: SWARM.preamble_key}
+            gate = PreambleGate(IDENTITIES[False].peer_id, keys.get, opened_at=STARTED_AT)
             connection, _ = await acceptor_end(connections, gate)
             context = self.credentials.contexts.server
         return await open_stream_link(

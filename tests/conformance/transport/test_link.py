@@ -91,6 +91,10 @@ async def steady_direct_pair() -> Pair:
     return steady(await direct_pair())
 
 
+async def steady_relayed_pair() -> Pair:
+    return steady(await relayed_pair())
+
+
 async def webrtc_pair() -> Pair:
     return await rtc_pair(A.peer_id, B.peer_id)
 
@@ -104,6 +108,7 @@ async def webrtc_pair() -> Pair:
         pytest.param(webrtc_pair, id="webrtc", marks=pytest.mark.network),
         pytest.param(steady_memory_pair, id="steady_memory"),
         pytest.param(steady_direct_pair, id="steady_direct", marks=pytest.mark.network),
+        pytest.param(steady_relayed_pair, id="steady_relayed", marks=pytest.mark.network),
     ],
 )
 async def pair(request: pytest.FixtureRequest) -> AsyncIterator[Pair]:

@@ -8,12 +8,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from testbed.lab import Lab
+from testbed.links import Link, both_ways
 from testbed.nat import Nat, NatKind
 from testbed.observer import PORTS
 from testbed.topology import OBSERVERS_V4, Host, Router, Topology
@@ -84,10 +86,24 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def pair(inside: Path) -> Iterator[Pair]:
+    """As near to each other as can be."""
+    with two_hosts(link=None) as pair:
+        yield pair
+
+
+@pytest.fixture(scope="module")
+def distant_pair(inside: Path) -> Iterator[Pair]:
+    """A round trip of 60 ms apart."""
+    with two_hosts(link=both_ways(delay_ms=15.0)) as pair:
+        yield pair
+
+
+@contextmanager
+def two_hosts(*, link: Link | None) -> Iterator[Pair]:
     port_restricted = Nat(NatKind.PORT_RESTRICTED)
     names = ("a", "b")
     topology = Topology(
-        routers=tuple(Router(name=f"r{name}", nat=port_restricted) for name in names),
+        routers=tuple(Router(name=f"r{name}", nat=port_restricted, link=link) for name in names),
         hosts=tuple(Host(name=name, at=f"r{name}") for name in names),
     )
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
@@ -163,3 +179,22 @@ def test_a_punch_that_cannot_work_ends_in_time_and_the_next_one_works(pair: Pair
     assert all("LinkTimeout" in end["failed"] for end in pair.meet(*[AttemptKind.PUNCH] * 2))
     pair.lab.set_nat("rb", Nat(NatKind.ADDRESS_RESTRICTED))
     assert all("has_echo" in end for end in pair.meet(*[AttemptKind.PUNCH] * 2))
+
+
+@pytest.mark.parametrize("theirs", [NatKind.PORT_RESTRICTED, NatKind.SYMMETRIC])
+def test_a_direct_link_stands_in_time_at_a_distance(distant_pair: Pair, theirs: NatKind) -> None:
+    ours = Nat(NatKind.PORT_RESTRICTED)
+    distant_pair.lab.set_nat("ra", ours)
+    distant_pair.lab.set_nat("rb", Nat(theirs))
+    first = kinds_of(ours, Nat(theirs))[0]
+    for end in distant_pair.meet(first, _MIRROR.get(first, first)):
+        assert end.get("kind") == "punched", end
+        assert end["took_s"] < MOST_S
+
+
+def test_webrtc_stands_in_time_at_a_distance(distant_pair: Pair) -> None:
+    for router in ("ra", "rb"):
+        distant_pair.lab.set_nat(router, Nat(NatKind.PORT_RESTRICTED))
+    for end in distant_pair.webrtc(deadline_s=8.0):
+        assert end.get("kind") == "webrtc", end
+        assert end["took_s"] < MOST_S
