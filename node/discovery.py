@@ -145,22 +145,29 @@ class Discovery:
 
     # --- announcing --------------------------------------------------------------------------
 
+    async def announce(self) -> None:
+        """Publish our record in the DHT, which we enter first if need be.
+
+        Raises:
+            ControlError: it does not stand there.
+        """
+        await self._control.set_reachable(is_reachable=self._is_reachable is not False)
+        if not self.announced.is_set():
+            await self._enter_dht()
+        await self._control.announce(self._own_record())
+        self._n_announced_to = len(self._known)
+        self.announced.set()
+
     async def _announce_for_ever(self) -> None:
         while True:
             self._announce_now.clear()
             try:
-                await self._control.set_reachable(is_reachable=self._is_reachable is not False)
-                if not self.announced.is_set():
-                    await self._enter_dht()
-                await self._control.announce(self._own_record())
-                self.announced.set()
-                self._n_announced_to = len(self._known)
-                self._has_tried.set()
+                await self.announce()
                 delay_s = ANNOUNCE_S * (0.8 + 0.4 * self._rng.random())  # not all at one moment
             except ControlError as error:
                 logger.warning("not announced in the DHT: %s", error)
-                self._has_tried.set()
                 delay_s = RETRY_ANNOUNCE_S
+            self._has_tried.set()
             await _at_most(self._announce_now, delay_s)
 
     async def _enter_dht(self) -> int:
@@ -215,11 +222,12 @@ class Discovery:
                 attempt = 0
                 await asyncio.sleep(SEARCH_S[0] / 4)  # however often members come and go
             if self._is_time_to_search(attempt, searched_at):
-                await self._search()
+                await self.search()
                 searched_at = asyncio.get_running_loop().time()
                 attempt += 1
 
-    async def _search(self) -> None:
+    async def search(self) -> None:
+        """Look in the DHT for members that we do not know."""
         try:
             known = self._known & self._views.members().keys()
             for record in await self._control.discover(known):

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from .lab import Lab
 from .namespaces import LabBroken
 
 READY_S = 30.0
-REACH_S = 30.0
 
 Event = dict[str, Any]
 
@@ -50,10 +49,10 @@ class Member:
             log: what it says on stderr is appended to that.
         """
         self.host = host
+        self.address = lab.address(host)
         seed = secrets.token_bytes(32)
         self.peer_id = Identity(seed).peer_id
-        self.addresses: Sequence[str] = ()
-        self.is_reachable = False  # by anybody; else through relays
+        self.card: Event = {}  # what it would announce
         self._process = lab.start(
             host,
             *(sys.executable, "-m", "testbed.mesh_node"),
@@ -71,29 +70,26 @@ class Member:
         event = self.wait_for(lambda it: it["said"] == "ready", READY_S)
         if event is None:
             raise LabBroken(f"a node on {self.host} does not start; see its log")
-        self.addresses = event["addresses"]
+        self.card = event["card"]
 
-    def learn(self, other: Member, *, relays: Sequence[Member] = ()) -> None:
-        """Let it know where another says that it is, and whom that one has a link to."""
-        addresses, ids = list(other.addresses), [relay.peer_id for relay in relays]
-        self._do(do="learn", peer=other.peer_id, addresses=addresses, relays=ids)
+    def settle(self, relays: Sequence[Member]) -> None:
+        """Let it link to relays and find out what NAT is in its way; does not wait."""
+        for relay in relays:
+            self.learn(relay)
+        hosts = {it.peer_id: it.address for it in relays}
+        self._do(do="settle", relays=hosts)
 
-    def see(self, relays: Mapping[str, Member]) -> None:
-        """Let it know of members that relay, by host, and wait until it knows how it is reached.
+    def wait_until_settled(self) -> None:
+        """Wait for that. Raises LabBroken if it reaches no relay."""
+        event = self.wait_for(lambda it: it["said"] in ("settled", "failed"), READY_S)
+        if event is None or event["said"] == "failed":
+            why = "no word" if event is None else event["why"]
+            raise LabBroken(f"the node on {self.host} does not reach the relays: {why}")
+        self.card = event["card"]
 
-        Raises LabBroken if it does not find out.
-        """
-        self._do(do="see", relays={relay.peer_id: host for host, relay in relays.items()})
-
-        def is_settled(event: Event) -> bool:
-            return event["said"] == "reach" and (
-                event["is_reachable"] or len(event["relays"]) == len(relays)
-            )
-
-        event = self.wait_for(is_settled, REACH_S)
-        if event is None:
-            raise LabBroken(f"{self.host} does not find out how it can be reached; see its log")
-        self.is_reachable = event["is_reachable"]
+    def learn(self, other: Member) -> None:
+        """Let it know what another announces."""
+        self._do(do="learn", peer=other.peer_id, card=other.card)
 
     def dial(self, other: Member) -> None:
         """Let it make a link and watch it."""

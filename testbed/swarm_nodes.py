@@ -1,7 +1,7 @@
 """A process that holds several whole nodes, for the lab of many; told what to do line by line.
 
 The nodes are those of `covey up` and `covey join` without a model: real sockets, TLS and libp2p.
-They share a process because importing everything takes two seconds and 130 MB each time.
+They share a process because importing everything takes a second and 60 MB each time.
 A line in is {"id", "do", ...}, a line out {"id", ...} or {"id", "error"}.
 """
 
@@ -14,6 +14,7 @@ import resource
 import sys
 import time
 from contextlib import AsyncExitStack
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from covey.errors import CoveyError
 from covey.node.config import NodeConfig
 from covey.node.runtime import Node, running_node
 
+FOUNDER = "node-0"
 UP_S = 60.0  # a node that is not up by then has failed to join
 
 
@@ -45,6 +47,12 @@ class Nodes:
                 return {"invite": self._nodes[name].invite(ttl_s=3600.0, uses=uses)}
             case {"do": "lookup", "name": str(name), "peer": str(peer)}:
                 return await self._lookup(name, peer)
+            case {"do": "announce", "name": str(name)}:
+                await self._nodes[name].discovery.announce()
+                return {}
+            case {"do": "search", "name": str(name)}:
+                await self._nodes[name].discovery.search()
+                return {}
             case {"do": "status"}:
                 return self._status()
         raise ValueError(f"no such command: {command}")
@@ -61,7 +69,7 @@ class Nodes:
         )
         stack = self._stacks[name] = AsyncExitStack()
         async with asyncio.timeout(UP_S):
-            context = running_node(config, invite=invite, may_found=invite is None)
+            context = running_node(config, invite=invite, may_found=name == FOUNDER)
             node = self._nodes[name] = await stack.enter_async_context(context)
             await node.discovery.announced.wait()
         return {"peer": node.peer_id, "took_s": time.perf_counter() - started_at}
@@ -96,6 +104,7 @@ class Nodes:
 
 async def serve(folder: Path) -> None:
     """Carry out the commands on stdin until it ends."""
+    import_module("covey.transport.control_node")  # as the first node would
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(limit=1 << 20)
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
@@ -119,5 +128,5 @@ async def serve(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    logging.basicConfig(format="%(asctime)s %(name)s %(message)s")
     uvloop.run(serve(Path(sys.argv[1])))

@@ -21,7 +21,6 @@ from testbed.artefacts import Artefacts, Cell
 from testbed.lab import Lab
 from testbed.links import both_ways
 from testbed.members import Event, Member, found_swarm
-from testbed.namespaces import LabBroken
 from testbed.nat import Nat, NatKind
 from testbed.topology import Host, Router, Topology
 
@@ -186,7 +185,7 @@ def _set_nats(lab: Lab, pair: Pair, *, cone_for_tcp: bool) -> None:
 def _members(
     lab: Lab, pair: Pair, relays: Sequence[Member], swarm: Swarm, cell: Cell
 ) -> Iterator[tuple[Member, Member]]:
-    """The two, each linked to the relays and told what the other says of itself."""
+    """The two, each linked to the relays, and told what the other announces."""
     with ExitStack() as stack:
         both = []
         for side, kind in zip(SIDES, (pair.dialler, pair.dialled), strict=True):
@@ -196,35 +195,31 @@ def _members(
             both.append(member)
         for member in both:
             member.wait_until_ready()
-            for relay in relays:
-                member.learn(relay)
-                member.dial(relay)
+            member.settle(relays)
         for member in both:
-            for _ in relays:
-                if member.wait_for(lambda it: it["said"] == "first-byte", LINK_S) is None:
-                    raise LabBroken(f"{member.host} does not reach the relays")
-        for member in both:
-            member.see({lab.address(relay.host): relay for relay in relays})
-        for member, other in (both, reversed(both)):
-            member.learn(other, relays=() if other.is_reachable else relays)
+            member.wait_until_settled()
         left, right = both
+        left.learn(right)
+        right.learn(left)
         yield left, right
 
 
 def _connect(left: Member, right: Member) -> Outcome:
     """Let one dial the other, and wait for the best path there will be."""
     left.dial(right)
-    first = left.wait_for(lambda it: it["said"] in ("first-byte", "failed"), LINK_S)
+    first = left.wait_for(
+        lambda it: it["said"] in ("first-byte", "failed") and it["peer"] == right.peer_id, LINK_S
+    )
     if first is None or first["said"] == "failed":
         return Outcome(why="no answer at all" if first is None else first["why"])
     kind, first_byte_s = first["kind"], first["s"]
     if kind in OWN_PATHS:
         return Outcome(kind, first_byte_s, kind, first_byte_s)
-    better = left.wait_for(_is_own_path, BETTER_S)
+    better = left.wait_for(lambda it: _is_own_path(it, right), BETTER_S)
     if better is None:
         return Outcome(kind, first_byte_s, kind)
     return Outcome(kind, first_byte_s, better["kind"], better["s"])
 
 
-def _is_own_path(event: Event) -> bool:
-    return event["said"] == "path" and event["kind"] in OWN_PATHS
+def _is_own_path(event: Event, peer: Member) -> bool:
+    return event["said"] == "path" and event["peer"] == peer.peer_id and event["kind"] in OWN_PATHS
