@@ -21,7 +21,7 @@ from testbed.namespaces import LabBroken
 from testbed.swarm import NodesProcess, NodeSwarm, loopback_bytes, running_processes
 
 N_PROCESSES = 5
-N_JOINING = 4  # at once; two cores have no use for more
+N_JOINING = 3  # at once; two cores have no use for more
 KNOWN_S = 60.0
 FORGOTTEN_S = 120.0
 BACK_S = 60.0
