@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from covey.store.views import Views
 from covey.transport.control import ControlPlane
 from covey.transport.control_records import (
+    MAX_MAPPED,
     MAX_RELAYS,
     ControlError,
     PeerRecord,
@@ -44,7 +45,7 @@ RETRY_ANNOUNCE_S = 10.0
 GROWTH = 2.0  # of the swarm, after which we announce anew
 SEARCH_S = (2.0, 4.0, 8.0, 15.0, 30.0, 60.0)  # between searches of a node with too few links
 FIRST_SEARCH_S = 5.0  # by then at the latest
-CALM_SEARCH_S = 1800.0  # with enough of them
+CALM_SEARCH_S = 3600.0  # with enough of them
 LOOK_S = 2.0  # whether there are still enough
 N_ENOUGH = 2
 REDIAL_S = 2.0
@@ -86,6 +87,7 @@ class Discovery:
         self._rng = rng
         self._seen = _load(home)
         self._relays: tuple[str, ...] = ()
+        self._mapped: tuple[str, ...] = ()
         self._is_reachable: bool | None = None
         self._on_failed = on_failed
         self._tasks = Tasks()
@@ -129,16 +131,23 @@ class Discovery:
         """Search again soon: a member came or went."""
         self._hurry.set()
 
-    def update_reach(self, *, is_reachable: bool | None, relays: Sequence[str] = ()) -> None:
+    def update_reach(
+        self,
+        *,
+        is_reachable: bool | None,
+        relays: Sequence[str] = (),
+        mapped: Sequence[str] = (),
+    ) -> None:
         """Announce how we can be reached, when that has changed.
 
         Args:
             is_reachable: whether others can dial our addresses; None if nobody knows.
             relays: members that pass links on to us, best first; four are announced.
+            mapped: where a router forwards to us.
         """
-        reach = (is_reachable, tuple(relays[:MAX_RELAYS]))
-        if reach != (self._is_reachable, self._relays):
-            self._is_reachable, self._relays = reach
+        reach = (is_reachable, tuple(relays[:MAX_RELAYS]), tuple(mapped[:MAX_MAPPED]))
+        if reach != (self._is_reachable, self._relays, self._mapped):
+            self._is_reachable, self._relays, self._mapped = reach
             self._announce_now.set()
 
     # --- announcing --------------------------------------------------------------------------
@@ -209,6 +218,7 @@ class Discovery:
             sequence=self._sequence,
             expires_at=int(now) + RECORD_TTL_S,
             relays=self._relays,
+            mapped=self._mapped,
             is_reachable=self._is_reachable,
         )
 
@@ -251,7 +261,9 @@ class Discovery:
     def _learn(self, record: PeerRecord) -> None:
         if not self._is_allowed(record.peer_id):
             return
-        self._mesh.learn(record.peer_id, record.addresses)
+        self._mesh.learn(
+            record.peer_id, record.addresses, mapped=record.mapped, relays=record.relays
+        )
         if record.peer_id not in self._known:
             self.n_found_by_dht += 1
             self._known.add(record.peer_id)
@@ -276,7 +288,9 @@ class Discovery:
         while True:
             for peer_id, card in self._views.members().items():
                 if peer_id != self._own and self._is_allowed(peer_id):
-                    self._mesh.learn(peer_id, card.addresses)
+                    self._mesh.learn(
+                        peer_id, card.addresses, mapped=card.mapped, relays=card.relays
+                    )
                     self._known.add(peer_id)
             if self.announced.is_set() and len(self._known) > GROWTH * self._n_announced_to:
                 self._announce_now.set()  # those closest to our key are others by now

@@ -23,7 +23,8 @@ DEFAULT = "two-hosts"
 
 def main(argv: Sequence[str]) -> int:
     """Enter the lab, run, report; returns the exit status."""
-    arguments = _parser().parse_args(argv if argv[:1] and argv[0] in LABS else [DEFAULT, *argv])
+    is_named = bool(argv) and argv[0] in (*LABS, "-h", "--help")
+    arguments = _parser().parse_args(argv if is_named else [DEFAULT, *argv])
     lab: LabModule = LABS[arguments.lab]
     try:
         if not namespaces.is_inside():

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from .links import Link, Way
-from .namespaces import LabUnavailable, Namespace, run
+from .namespaces import LabUnavailable, Namespace, promotion, run
 
 GAP = "wires"  # the namespace where cut cables end
 WIRE = Path(__file__).with_name("wire.py")
@@ -83,7 +83,7 @@ class Netem:
         """Replace both queues."""
         for end, way in ((cable.near, link.up), (cable.far, link.down)):
             _set_offloads(end, is_on=not way.needs_small_packets)
-            _tc(end, f"qdisc replace dev {end.interface} root {_netem(way)}")
+            _tc(end, f"qdisc replace dev {end.interface} root {netem_words(way)}")
 
     def close(self) -> None:
         """The queues go with their interfaces."""
@@ -99,8 +99,11 @@ class Wired:
             seed: decides which packets are lost.
         """
         self._n_cables = 0
+        asking = promotion()
+        arguments = [str(number) for number in (seed, *asking)]
         self._process = subprocess.Popen(
-            [*Namespace(GAP).prefix, sys.executable, "-I", "-S", str(WIRE), str(seed)],
+            [*Namespace(GAP).prefix, sys.executable, "-I", "-S", str(WIRE), *arguments],
+            pass_fds=asking,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
@@ -197,7 +200,8 @@ def _token_bucket(interface: str, way: Way) -> list[str]:
     return [f"qdisc replace dev {interface} root tbf {rate} latency {_QUEUE_MS}ms"]
 
 
-def _netem(way: Way) -> str:
+def netem_words(way: Way) -> str:
+    """What `tc` is told of the kernel's queue for one direction."""
     rate = "" if way.mbit_per_s is None else f" rate {way.mbit_per_s:g}mbit"
     delay = f"delay {way.delay_ms:g}ms {way.jitter_ms:g}ms"
     return f"netem {delay} loss {100 * way.loss:g}%{rate} limit 10000"

@@ -21,7 +21,7 @@ from .links import Link
 from .namespaces import LabBroken, LabUnavailable, Namespace
 from .nat import LAN, WAN, Nat, NatKind, rules
 from .observer import Observer
-from .probe import probe_tcp, probe_udp
+from .probe import ANSWER_S, probe_tcp, probe_udp
 from .topology import (
     INTERNET,
     OBSERVERS_V4,
@@ -30,6 +30,7 @@ from .topology import (
     Topology,
 )
 
+TOOLS = ("ip", "tc", "nft", "conntrack", "ethtool")  # iproute2, nftables, conntrack, ethtool
 _BRIDGE = "br0"  # of the internet
 _N_PROBES_AT_ONCE = 8
 _UP_S = 5.0
@@ -38,7 +39,7 @@ Kinds = tuple[NatKind | None, NatKind | None]  # for UDP and for TCP; None where
 
 
 class Lab:
-    """Machines and cables of a topology, from `with` until its end."""
+    """Machines and cables of a topology, from `with` until its end; one lab at a time."""
 
     def __init__(self, topology: Topology, *, seed: int = 0) -> None:
         """Does nothing yet.
@@ -98,12 +99,13 @@ class Lab:
             log: where what it says on stderr goes, and on stdout unless `options` redirect that.
             options: of `subprocess.Popen`.
         """
-        if log is not None:
-            output = self._stack.enter_context(log.open("ab"))
-            options = {"stdout": output, "stderr": output, **options}
-        argv = [*self.machines[name].prefix, *command]
-        process: subprocess.Popen[bytes] = subprocess.Popen(argv, **options)  # type: ignore[call-overload]
-        self._stack.callback(_end, process)
+        with ExitStack() as opened:  # the process has the log for itself
+            if log is not None:
+                output = opened.enter_context(log.open("ab"))
+                options = {"stdout": output, "stderr": output, **options}
+            argv = [*self.machines[name].prefix, *command]
+            process: subprocess.Popen[bytes] = subprocess.Popen(argv, **options)  # type: ignore[call-overload]
+        self._stack.callback(end, process)
         return process
 
     # --- what is true of it -----------------------------------------------------------------------
@@ -142,7 +144,12 @@ class Lab:
 
     def _kinds(self, name: str) -> Kinds:
         machine, places = self.machines[name], self.observer.places
-        udp, tcp = probe_udp(machine, places), probe_tcp(machine, places)
+        way_out = [name, *(router.name for router in self.topology.routers_above(self._at[name]))]
+        links = [link for link in map(self.link, way_out) if link is not None]
+        # Twice, since packets wait for each other at a slow link.
+        answer_s = ANSWER_S + 2e-3 * sum(link.rtt_ms for link in links)
+        udp = probe_udp(machine, places, answer_s=answer_s)
+        tcp = probe_tcp(machine, places, answer_s=answer_s)
         return udp.kind if udp else None, tcp.kind if tcp else None
 
     # --- what may be done to it -------------------------------------------------------------------
@@ -329,7 +336,8 @@ def _words(kinds: Kinds) -> str:
     return f"{udp or 'nothing known'} for UDP and {tcp or 'nothing known'} for TCP"
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process, if it still runs."""
     process.kill()
     process.wait()
 

@@ -49,9 +49,10 @@ class Member:
             log: what it says on stderr is appended to that.
         """
         self.host = host
+        self.address = lab.address(host)
         seed = secrets.token_bytes(32)
         self.peer_id = Identity(seed).peer_id
-        self.addresses: Sequence[str] = ()
+        self.card: Event = {}  # what it would announce
         self._process = lab.start(
             host,
             *(sys.executable, "-m", "testbed.mesh_node"),
@@ -69,11 +70,26 @@ class Member:
         event = self.wait_for(lambda it: it["said"] == "ready", READY_S)
         if event is None:
             raise LabBroken(f"a node on {self.host} does not start; see its log")
-        self.addresses = event["addresses"]
+        self.card = event["card"]
+
+    def settle(self, relays: Sequence[Member]) -> None:
+        """Let it link to relays and find out what NAT is in its way; does not wait."""
+        for relay in relays:
+            self.learn(relay)
+        hosts = {it.peer_id: it.address for it in relays}
+        self._do(do="settle", relays=hosts)
+
+    def wait_until_settled(self) -> None:
+        """Wait for that. Raises LabBroken if it reaches no relay."""
+        event = self.wait_for(lambda it: it["said"] in ("settled", "failed"), READY_S)
+        if event is None or event["said"] == "failed":
+            why = "no word" if event is None else event["why"]
+            raise LabBroken(f"the node on {self.host} does not reach the relays: {why}")
+        self.card = event["card"]
 
     def learn(self, other: Member) -> None:
-        """Let it know where another says that it is."""
-        self._do(do="learn", peer=other.peer_id, addresses=list(other.addresses))
+        """Let it know what another announces."""
+        self._do(do="learn", peer=other.peer_id, card=other.card)
 
     def dial(self, other: Member) -> None:
         """Let it make a link and watch it."""

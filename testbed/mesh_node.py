@@ -2,15 +2,16 @@
 
 A transport and nothing above it, so it starts fast. SEED is the identity in hex, SWARM the state of
 the swarm in JSON, PORT what it listens on, on every address. It reads commands and writes what
-happens, one JSON object a line; `testbed.members` is the other end. Seconds count from the command.
+happens, one JSON object a line; `testbed.members` is the other end. What a node would learn from
+its swarm's document it is told. Seconds count from the command to dial.
 
-    {"do": "learn", "peer": ID, "addresses": [...]}   where a peer may be dialled
-    {"do": "dial", "peer": ID}   answered by "first-byte" or "failed", then "path" at each change
-    {"said": "ready", "peer": ID, "addresses": [...]}
-    {"said": "up", "peer": ID, "kind": ...}, {"said": "down", "peer": ID, "why": ...}
-    {"said": "first-byte", "peer": ID, "kind": ..., "s": ...}
-    {"said": "path", "peer": ID, "kind": ..., "s": ...}   and the next two while the link is watched
+    {"do": "learn", "peer": ID, "card": {...}}   what a peer announces, as below
+    {"do": "settle", "relays": {ID: HOST}}   link to these and find out the NAT; then "settled"
+    {"do": "dial", "peer": ID}   then "first-byte" or "failed", and "path" at each change
+    {"said": "ready" or "settled", "card": {"addresses": [...], "mapped": [...], "relays": [...]}}
+    {"said": "first-byte" or "path", "peer": ID, "kind": ..., "s": ...}
     {"said": "failed", "peer": ID, "why": ..., "s": ...}
+    {"said": "down", "peer": ID, "why": ...}
 
 It ends with its input.
 """
@@ -21,6 +22,7 @@ import asyncio
 import json
 import sys
 import time
+from collections.abc import Coroutine
 from typing import Any
 
 from covey.transport.errors import TransportError
@@ -28,17 +30,22 @@ from covey.transport.identity import Identity
 from covey.transport.membership import Swarm
 from covey.transport.mesh import Mesh
 from covey.transport.peer import Peer
+from covey.transport.reach import Reach
 
 ANSWER_S = 20.0
-WATCH_EVERY_S = 0.005
+SETTLE_S = 15.0  # to know the NAT and to hold a relay, where one is needed
+LOOK_EVERY_S = 0.02
 
 
 class Node:
     """Carries out what it is told."""
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, reach: Reach) -> None:
         self._mesh = mesh
+        self._reach = reach
+        self._dialled_at: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        mesh.on_path(self._say_path)
 
     async def obey(self) -> None:
         """Read commands until the input ends."""
@@ -46,59 +53,98 @@ class Node:
         await asyncio.get_running_loop().connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(reader), sys.stdin
         )
+        say("ready", card=self.card())
         while line := await reader.readline():
             command: dict[str, Any] = json.loads(line)
             match command["do"]:
                 case "learn":
-                    self._mesh.learn(command["peer"], command["addresses"])
+                    card = command["card"]
+                    self._mesh.learn(
+                        command["peer"],
+                        [*card["addresses"], *card["mapped"]],
+                        mapped=card["mapped"],
+                        relays=card["relays"],
+                    )
+                case "settle":
+                    self._spawn(self._settle(command["relays"]))
                 case "dial":
-                    task = asyncio.create_task(self._dial(command["peer"], time.perf_counter()))
-                    self._tasks.add(task)
+                    self._dialled_at[command["peer"]] = time.perf_counter()
+                    self._spawn(self._dial(command["peer"]))
                 case unknown:
                     raise ValueError(f"no command is called {unknown!r}")
 
-    async def _dial(self, peer_id: str, began_at: float) -> None:
+    def card(self) -> dict[str, object]:
+        """What it would announce to its swarm now."""
+        reach = self._reach
+        return {
+            "addresses": self._mesh.addresses,
+            "mapped": reach.mapped_addresses,
+            "relays": reach.relays,
+        }
+
+    async def _settle(self, relays: dict[str, str | None]) -> None:
+        try:
+            for relay in relays:
+                await self._mesh.peer(relay)
+            facts = await self._reach.nat.refresh()
+        except TransportError as error:
+            say("failed", peer="", why=str(error), s=0.0)
+            return
+        self._reach.see(relays)
+        deadline = time.monotonic() + SETTLE_S
+        while not (self._reach.is_reachable or self._reach.relays):
+            if time.monotonic() > deadline:
+                break
+            await asyncio.sleep(LOOK_EVERY_S)
+        say("settled", card=self.card(), nat=str(facts))
+
+    async def _dial(self, peer_id: str) -> None:
         try:
             peer = await self._mesh.peer(peer_id)
             await peer.ping(timeout_s=ANSWER_S)
         except TransportError as error:
-            say("failed", peer_id, why=str(error), s=time.perf_counter() - began_at)
-            return
-        kind = peer.kind
-        say("first-byte", peer_id, kind=kind.value, s=time.perf_counter() - began_at)
-        while peer.error is None:
-            await asyncio.sleep(WATCH_EVERY_S)
-            if peer.kind is not kind:
-                kind = peer.kind
-                say("path", peer_id, kind=kind.value, s=time.perf_counter() - began_at)
+            say("failed", peer=peer_id, why=str(error), s=self._since_dialled(peer_id))
+        else:
+            say("first-byte", peer=peer_id, kind=peer.kind.value, s=self._since_dialled(peer_id))
+
+    def _say_path(self, peer: Peer) -> None:
+        if peer.peer_id in self._dialled_at:
+            since = self._since_dialled(peer.peer_id)
+            say("path", peer=peer.peer_id, kind=peer.kind.value, s=since)
+
+    def _since_dialled(self, peer_id: str) -> float:
+        return time.perf_counter() - self._dialled_at[peer_id]
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
 
-def say(what: str, peer_id: str, **facts: object) -> None:
+def say(what: str, **facts: object) -> None:
     """Tell the lab."""
-    print(json.dumps({"said": what, "peer": peer_id, **facts}), flush=True)
-
-
-def _say_up(peer: Peer) -> None:
-    say("up", peer.peer_id, kind=peer.kind.value)
-
-
-def _say_down(peer_id: str, error: TransportError) -> None:
-    say("down", peer_id, why=str(error))
+    print(json.dumps({"said": what, **facts}), flush=True)
 
 
 async def main(seed: str, state: str, port: str) -> None:
     """Listen, and do as told."""
     identity, swarm = Identity(bytes.fromhex(seed)), Swarm.from_dict(json.loads(state))
-    async with Mesh(
-        identity,
-        swarm,
-        handler=lambda peer, frame: None,
-        listen=[("0.0.0.0", int(port))],  # noqa: S104 - the lab's hosts have no other network
-        on_up=_say_up,
-        on_down=_say_down,
-    ) as mesh:
-        say("ready", mesh.peer_id, addresses=mesh.addresses)
-        await Node(mesh).obey()
+    listen = [("0.0.0.0", int(port))]  # noqa: S104 - the lab's hosts have no other network
+    down: list[Reach] = []
+
+    def on_down(peer_id: str, error: TransportError) -> None:
+        for reach in down:
+            reach.link_down(peer_id)
+        say("down", peer=peer_id, why=str(error))
+
+    async with (
+        Mesh(
+            identity, swarm, handler=lambda peer, frame: None, listen=listen, on_down=on_down
+        ) as mesh,
+        Reach(mesh, swarm) as reach,
+    ):
+        down.append(reach)
+        await Node(mesh, reach).obey()
 
 
 if __name__ == "__main__":

@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import ctypes
 import os
-import resource
+import shutil
 import socket
+import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 INSIDE = "COVEY_LAB_INSIDE"  # set in the environment of the process that runs the lab
+PROMOTE = "COVEY_LAB_PROMOTE"  # names a descriptor, see `enter`
 ENTER = ("unshare", "-Urnm", "--pid", "--fork", "--kill-child", "--mount-proc")
 COMMAND_S = 30.0
+_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"  # where Debian keeps them
 _CLONE_NEWNET = 0x40000000  # linux/sched.h
+_CREDENTIALS = struct.Struct("iII")  # pid, user, group: struct ucred
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -33,12 +38,18 @@ class LabBroken(RuntimeError):
     """The lab is not what it says, so nothing measured in it would mean anything."""
 
 
-def check_available() -> None:
+def check_available(tools: Iterable[str] = ()) -> None:
     """Try to enter the namespaces a lab needs, and leave them.
+
+    Args:
+        tools: programs that it needs besides; see `testbed.lab.TOOLS`.
 
     Raises:
         LabUnavailable: it does not work here.
     """
+    missing = [tool for tool in tools if shutil.which(tool, path=_PATH) is None]
+    if missing:
+        raise LabUnavailable(f"not installed: {', '.join(missing)}")
     for command in ((*ENTER, "true"), ("ip", "-V")):
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
@@ -57,16 +68,35 @@ def is_inside() -> bool:
 
 
 def enter(module: str, arguments: Sequence[str]) -> int:
-    """Run `python -m module arguments` inside namespaces of its own; returns its exit status."""
-    _allow_real_time()
+    """Run `python -m module arguments` inside namespaces of its own; returns its exit status.
+
+    Inside nobody has root's right to SCHED_FIFO any more, without which the lab's wire waits for a
+    core like everybody else. So it asks this process, which gives it that if it may.
+    """
     command = [*ENTER, sys.executable, "-m", module, *arguments]
-    return subprocess.run(command, check=False, env={**os.environ, INSIDE: "1"}).returncode
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with ours, theirs:
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        threading.Thread(target=_promote, args=(ours,), daemon=True).start()
+        environment = {**os.environ, INSIDE: "1", PROMOTE: str(theirs.fileno())}
+        return subprocess.run(
+            command, check=False, env=environment, pass_fds=[theirs.fileno()]
+        ).returncode
 
 
-def _allow_real_time() -> None:
-    """Let the lab's wire have SCHED_FIFO: inside, nobody has root's right to it any more."""
-    with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_RTPRIO, (1, 1))
+def promotion() -> tuple[int, ...]:
+    """The descriptor over which a process inside asks to be promoted, if there is one."""
+    return (int(os.environ[PROMOTE]),) if PROMOTE in os.environ else ()
+
+
+def _promote(asking: socket.socket) -> None:
+    """Give every process that writes here real-time priority, if that is allowed."""
+    with suppress(OSError):  # closed at the end, or not allowed
+        while True:
+            _, ancillary, _, _ = asking.recvmsg(1, socket.CMSG_SPACE(_CREDENTIALS.size))
+            for _, _, data in ancillary:
+                pid, _, _ = _CREDENTIALS.unpack(data)  # as seen from outside
+                os.sched_setscheduler(pid, os.SCHED_FIFO, os.sched_param(1))
 
 
 def prepare() -> Path:

@@ -2,7 +2,8 @@
 
 UDP is STUN with CHANGE-REQUEST (RFC 5780, section 6.1). TCP has no such standard, so ours is a line
 each way: on connecting one is told "HOST PORT", the address one came from; the line
-"dial IDX" makes the server dial that address from its place number IDX, and answer "yes" or "no".
+"dial IDX SECONDS" makes the server dial that address from its place number IDX, for that long, and
+answer "yes" or "no".
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from .namespaces import Namespace
 
 PORTS = (3478, 3479)
 CHANGE_PORT, CHANGE_BOTH = 2, 6  # RFC 5780, section 7.2
-DIAL_S = 0.35  # more than a round trip through any lab's links that are not there yet
 _LINE_BYTES = 64
 _POLL_S = 0.05
 
@@ -97,15 +97,15 @@ class Observer:
             connection.settimeout(10.0)
             connection.sendall(f"{source[0]} {source[1]}\n".encode())
             while line := connection.recv(_LINE_BYTES):
-                word, idx = line.decode().split()
+                word, idx, seconds = line.decode().split()
                 if word == "dial":
-                    is_let_in = self._dial(self.places[int(idx)], source)
+                    is_let_in = self._dial(self.places[int(idx)], source, float(seconds))
                     connection.sendall(b"yes\n" if is_let_in else b"no\n")
 
-    def _dial(self, place: tuple[str, int], target: tuple[str, int]) -> bool:
+    def _dial(self, place: tuple[str, int], target: tuple[str, int], seconds: float) -> bool:
         with self._reusable() as dialler:
             dialler.bind(place)
-            dialler.settimeout(DIAL_S)
+            dialler.settimeout(seconds)
             try:
                 dialler.connect(target)
             except OSError:

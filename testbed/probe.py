@@ -17,9 +17,9 @@ from .namespaces import Namespace
 from .nat import NatKind, Scope, kind_of
 from .observer import CHANGE_BOTH, CHANGE_PORT
 
-ANSWER_S = 0.25  # beyond the longest round trip of a probed path
+ANSWER_S = 0.25  # how long to wait for an answer, beyond the round trip of the path
 _TRIES = 2  # a first packet may be lost while the neighbours look for each other
-_CONNECT_S = 2.0
+_CONNECT_S = 4.0  # a lost first packet is sent again after one second
 
 Place = tuple[str, int]
 
@@ -41,29 +41,34 @@ class Behaviour:
         )
 
 
-def probe_udp(host: Namespace, places: Sequence[Place]) -> Behaviour | None:
+def probe_udp(
+    host: Namespace, places: Sequence[Place], *, answer_s: float = ANSWER_S
+) -> Behaviour | None:
     """How the NAT treats UDP; None if no answer comes at all.
 
     Args:
         host: where to ask from.
         places: of an `Observer`.
+        answer_s: how long to wait for one that may not come.
     """
     with closing(_bound(host, places[0], kind=socket.SOCK_DGRAM)) as asking:
         filtering = Scope.ADDRESS_AND_PORT
-        if _ask(asking, places[0]) is None:
+        if _ask(asking, places[0], answer_s) is None:
             return None
-        if _ask(asking, places[0], change=CHANGE_BOTH) is not None:
+        if _ask(asking, places[0], answer_s, change=CHANGE_BOTH) is not None:
             filtering = Scope.INDEPENDENT
-        elif _ask(asking, places[0], change=CHANGE_PORT) is not None:
+        elif _ask(asking, places[0], answer_s, change=CHANGE_PORT) is not None:
             filtering = Scope.ADDRESS
-        mapped = [_ask(asking, places[idx]) for idx in (0, 2, 3)]
+        mapped = [_ask(asking, places[idx], answer_s) for idx in (0, 2, 3)]
         return _behaviour(filtering, asking.getsockname(), [it for it in mapped if it])
 
 
-def probe_tcp(host: Namespace, places: Sequence[Place]) -> Behaviour | None:
+def probe_tcp(
+    host: Namespace, places: Sequence[Place], *, answer_s: float = ANSWER_S
+) -> Behaviour | None:
     """How the NAT treats TCP; None if a place does not answer. Another port for each question."""
     try:
-        filtering = _tcp_filtering(host, places)
+        filtering = _tcp_filtering(host, places, answer_s)
         with ExitStack() as stack:
             local: Place | None = None
             mapped = []
@@ -76,7 +81,7 @@ def probe_tcp(host: Namespace, places: Sequence[Place]) -> Behaviour | None:
     return None if local is None else _behaviour(filtering, local, mapped)
 
 
-def _tcp_filtering(host: Namespace, places: Sequence[Place]) -> Scope:
+def _tcp_filtering(host: Namespace, places: Sequence[Place], answer_s: float) -> Scope:
     """Who may connect to a port after it was used towards place 0."""
     with closing(_bound(host, places[0])) as listener:
         listener.listen()
@@ -84,7 +89,7 @@ def _tcp_filtering(host: Namespace, places: Sequence[Place]) -> Scope:
             _connect(connection, places[0])
             # Place 3 shares nothing with place 0, place 1 its address.
             for idx, scope in ((3, Scope.INDEPENDENT), (1, Scope.ADDRESS)):
-                connection.sendall(f"dial {idx}\n".encode())
+                connection.sendall(f"dial {idx} {answer_s}\n".encode())
                 if _line(connection) == "yes":
                     return scope
     return Scope.ADDRESS_AND_PORT
@@ -102,12 +107,12 @@ def _behaviour(filtering: Scope, local: Place, mapped: Sequence[Place]) -> Behav
     return Behaviour(mapping, filtering, local, tuple(mapped))
 
 
-def _ask(asking: socket.socket, place: Place, *, change: int = 0) -> Place | None:
+def _ask(asking: socket.socket, place: Place, answer_s: float, *, change: int = 0) -> Place | None:
     """Our address as `place` sees it; None if no answer comes from where it was asked for."""
     request = stun.Message(stun.Method.BINDING, stun.Class.REQUEST)
     if change:
         request.attributes["CHANGE-REQUEST"] = change
-    asking.settimeout(ANSWER_S)
+    asking.settimeout(answer_s)
     for _ in range(_TRIES):
         asking.sendto(bytes(request), place)
         with suppress(TimeoutError, ConnectionRefusedError):

@@ -8,7 +8,7 @@ alone read the same.
 
 from __future__ import annotations
 
-import os
+import secrets
 import signal
 import subprocess
 import time
@@ -23,7 +23,7 @@ from benchmarks.rows import Row
 from .artefacts import Artefacts, Cell
 from .devices import Device, memory_limit
 from .faults import Fault, Kill, Stop, Undo
-from .lab import Lab
+from .lab import Lab, end
 from .topology import Topology
 
 STOP_S = 20.0  # a node lets its generations finish for ten
@@ -84,13 +84,17 @@ class Start:
         ]
         join: Callable[[], None] | None = None
         if program.device is not None:
-            limit = memory_limit(f"covey-{os.getpid()}-{program.name}", program.device.memory_bytes)
+            # Groups are the machine's, not the lab's: another lab may run.
+            group = f"covey-{program.name}-{secrets.token_hex(4)}"
+            limit = memory_limit(group, program.device.memory_bytes)
             kind, join = running.stack.enter_context(limit)
             command += program.device.options
             print(f"      {program.name}: memory held by {kind}")
-        running.processes[program.name] = running.lab.start(
+        process = running.lab.start(
             program.host, *command, log=running.cell.log(program.name), preexec_fn=join
         )
+        running.stack.callback(end, process)  # before its group, which must be empty then
+        running.processes[program.name] = process
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +168,7 @@ class Do:
     """Whatever else; a figure that it returns is noted under its name, for expectations."""
 
     name: str
-    action: Callable[[Running], float | None]
+    action: Callable[[Running], float | None] = field(repr=False)
 
     def do(self, running: Running) -> None:
         """Call it."""

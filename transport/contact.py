@@ -27,7 +27,8 @@ class Contact:
     peer: Peer | None = None
     link: SteadyLink | None = None  # below `peer`
     run: asyncio.Task[None] | None = None  # runs `peer`
-    dial: asyncio.Task[Any] | None = None  # for a new link, or a new carrier of this one
+    dial: asyncio.Task[Any] | None = None  # for a new link, or one that lost its carrier
+    moving: asyncio.Task[Any] | None = None  # looks for a better carrier while this one works
     up: asyncio.Event = field(default_factory=asyncio.Event)
     arrivals: asyncio.Lock = field(default_factory=asyncio.Lock)
 

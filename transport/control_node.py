@@ -253,7 +253,7 @@ class ControlNode:
         Candidates are the providers of the rendezvous key, of which a peer remembers 20, and
         everyone in the routing table: the pre-shared key lets nobody else into that.
         """
-        closest = await self._closest(self._rendezvous)
+        closest = await self._closest(self._rendezvous, N_HOLDERS)
         found = {info.peer_id for info in self.dht.provider_store.get_providers(self._rendezvous)}
         request = Message(type=Message.MessageType.GET_PROVIDERS, key=self._rendezvous)
 

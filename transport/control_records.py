@@ -24,6 +24,7 @@ from .identity import Identity, verify
 MAX_RECORD_BYTES = 4096
 MAX_ADDRESSES = 16
 MAX_RELAYS = 4
+MAX_MAPPED = 4
 MAX_LIFETIME_S = 30 * 24 * 3600  # a bound, not advice; the DHT itself forgets values after a day
 
 _SIGNED_AS = b"covey peer record 1\0"
@@ -86,6 +87,8 @@ class PeerRecord:
     read it."""
     is_reachable: bool | None = None
     """Whether others can dial `addresses`, as members found out; None if nobody knows."""
+    mapped: Annotated[tuple[_AddressText, ...], Meta(max_length=MAX_MAPPED)] = ()
+    """Where a router forwards to it; as `addresses`."""
 
     def sign(self, private_key: bytes) -> bytes:
         """Encode and sign with the raw 32-byte Ed25519 seed of `peer_id`.
@@ -177,7 +180,7 @@ def _decode_payload(payload: bytes) -> PeerRecord:
         raise RecordRejected("malformed payload") from error
     if record.peer_id in record.relays or len(set(record.relays)) != len(record.relays):
         raise RecordRejected("a relay that is its own peer, or named twice")
-    for address in record.addresses:
+    for address in (*record.addresses, *record.mapped):
         host, _, port = address.rpartition(":")
         bracketed = host.startswith("[") and host.endswith("]")
         _check_endpoint(host[1:-1] if bracketed else host, port, version=6 if bracketed else 4)

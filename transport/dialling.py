@@ -49,14 +49,7 @@ class Dialler:
         """A carrier by whatever way works, and what the peer has of the link."""
 
         async def secure(connection: socket.socket, kind: LinkKind) -> tuple[Link, Receipt]:
-            return await dial(
-                connection,
-                self._credentials(),
-                peer_id=peer_id,
-                is_allowed=self._is_allowed,
-                hello=hello,
-                kind=kind,
-            )
+            return await self.secure(connection, peer_id, hello, kind)
 
         return await open_path(
             peer_id,
@@ -66,8 +59,30 @@ class Dialler:
             deadline_s=DIAL_S,
         )
 
+    async def secure(
+        self,
+        connection: socket.socket,
+        peer_id: str,
+        hello: Hello,
+        kind: LinkKind,
+        *,
+        is_announced: bool = False,
+    ) -> tuple[Link, Receipt]:
+        """The dialer's handshake with a member; see `handshake.dial`."""
+        return await dial(
+            connection,
+            self._credentials(),
+            peer_id=peer_id,
+            is_allowed=self._is_allowed,
+            hello=hello,
+            kind=kind,
+            is_announced=is_announced,
+        )
+
     async def mend(self, contact: Contact, peer: Peer, link: SteadyLink) -> None:
         """Find a new carrier for a link that lost its own; end the link if there is none soon."""
+        if contact.moving is not None:
+            contact.moving.cancel()  # it may take longer than there is time
         try:
             async with asyncio.timeout(mend_deadline_s(peer.rtt_s, was_silent=link.was_silent)):
                 if self._own > peer.peer_id:

@@ -18,9 +18,9 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from .contact import Contact
 from .dialling import Dialler, RelayWays
@@ -38,10 +38,10 @@ from .identity import Identity
 from .invite import InviteBook
 from .joining import Welcomer, serve_invite
 from .link import Link, LinkKind
-from .listener import Listener
+from .listener import Listener, read_preamble
 from .liveness import LivenessRules
 from .membership import Swarm
-from .messages import Admitted, Failure, Hello, Message
+from .messages import Admitted, Failure, Hello, Message, Receipt
 from .peer import Handler, Peer
 from .preamble import PreambleGate
 from .steady.link import SteadyLink
@@ -69,6 +69,7 @@ class Door(Protocol):
 
 
 OnUp = Callable[[Peer], None]
+MakeCarrier = Callable[[Hello], Coroutine[Any, Any, tuple[Link, Receipt]]]
 OnDown = Callable[[str, TransportError], None]
 
 
@@ -117,8 +118,8 @@ class Mesh:
         self._services: dict[type[Message], Handler] = {}
         self._doors: list[Door] = []
         self._on_path: list[OnUp] = []
-        gate = PreambleGate(identity.peer_id, self._preamble_key, opened_at=time.time())
-        self._listener = Listener(listen, gate, self._on_connection)
+        self.gate = PreambleGate(identity.peer_id, self._preamble_key, opened_at=time.time())
+        self._listener = Listener(listen, self.gate, self._on_connection)
         self._tasks = Tasks()
         self._dialler = Dialler(
             self.peer_id, lambda: self._credentials, self._is_allowed, self._tasks
@@ -187,18 +188,28 @@ class Mesh:
         Args:
             peer_id: whom.
             addresses: "host:port" each.
-            mapped: those of them that a router forwards to it.
+            mapped: others, that a router forwards to it.
             relays: peer ids of members that it keeps a link to, to be reached through.
         """
         if peer_id != self.peer_id:
             contact = self._contact(peer_id)
-            contact.addresses = tuple(addresses)
             contact.mapped, contact.relays = tuple(mapped), tuple(relays)
+            contact.addresses = tuple(dict.fromkeys((*contact.mapped, *addresses)))
 
     def addresses_of(self, peer_id: str) -> tuple[str, ...]:
         """Where a peer can be dialled, as far as is known."""
         contact = self._contacts.get(peer_id)
         return contact.addresses if contact is not None else ()
+
+    def relays_of(self, peer_id: str) -> tuple[str, ...]:
+        """The relays that a peer announces."""
+        contact = self._contacts.get(peer_id)
+        return contact.relays if contact is not None else ()
+
+    def mapped_of(self, peer_id: str) -> tuple[str, ...]:
+        """Those addresses of a peer that a router forwards to it."""
+        contact = self._contacts.get(peer_id)
+        return contact.mapped if contact is not None else ()
 
     async def peer(self, peer_id: str) -> Peer:
         """The peer, dialled if there is no link to it yet; callers at once share one dial.
@@ -272,6 +283,55 @@ class Mesh:
         finally:
             contact.dial = None
 
+    async def move(self, peer: Peer, make: MakeCarrier) -> None:
+        """Put the link to a live peer on another carrier: the one that `make(hello)` dials.
+
+        Raises:
+            TransportError: `make` did; or the link has ended, or went another way meanwhile.
+        """
+        contact = self._contact(peer.peer_id)
+        link = contact.link
+        if contact.peer is not peer or link is None or contact.moving or contact.dial:
+            raise LinkBroken("the link has ended, or is on the move already")
+        hello = Hello(link=link.id, is_new=False, received=link.receipt)
+        contact.moving = making = self._tasks.spawn(make(hello), "move")
+        try:
+            await asyncio.wait({making})
+        finally:
+            making.cancel()
+            contact.moving = None
+        if making.cancelled():
+            raise LinkBroken("the link went another way meanwhile")
+        link.attach(*making.result())
+
+    async def secure(
+        self,
+        connection: socket.socket,
+        peer_id: str,
+        hello: Hello,
+        kind: LinkKind,
+        *,
+        is_announced: bool = False,
+    ) -> tuple[Link, Receipt]:
+        """The dialer's handshake with a member on a connected socket, which it owns from here.
+
+        Raises:
+            TransportError: see `handshake.dial`.
+        """
+        return await self._dialler.secure(
+            connection, peer_id, hello, kind, is_announced=is_announced
+        )
+
+    @property
+    def credentials(self) -> Credentials:
+        """What opens the doors of this swarm's members now."""
+        return self._credentials
+
+    def check_links(self) -> None:
+        """The network may have changed: links whose peers do not answer look for another way."""
+        for peer in self.peers.values():
+            self._tasks.spawn(peer.check(), "check a link")
+
     # --- being dialled -------------------------------------------------------------------------
 
     def _preamble_key(self, key_id: bytes) -> bytes | None:
@@ -296,6 +356,26 @@ class Mesh:
             return await serve_invite(link, key_id, invites=self._invites, welcome=self._welcome)
         await self.admit_socket(connection, LinkKind.DIRECT)
         return True
+
+    async def admit_relayed(self, connection: socket.socket) -> None:
+        """Let somebody in who comes through a relay, as at the listening port; owns the socket.
+
+        Raises:
+            TransportError: it is not let in.
+        """
+        key_id = await read_preamble(connection, self.gate)
+        await self.admit_keyed(connection, key_id, LinkKind.RELAYED)
+
+    async def admit_keyed(self, connection: socket.socket, key_id: bytes, kind: LinkKind) -> None:
+        """Let a member in whose preamble named `key_id`; owns the socket.
+
+        Raises:
+            TransportError: it is not let in.
+        """
+        if key_id != self._credentials.key_id:
+            connection.close()
+            raise LinkBroken("the key is not that of members")
+        await self.admit_socket(connection, kind)
 
     async def admit_socket(self, connection: socket.socket, kind: LinkKind) -> None:
         """Let a member in on a connected socket whose preamble was good; owns the socket.
@@ -326,8 +406,9 @@ class Mesh:
                     is_admitted = await self._admit_new(carrier, hello, contact)
                 else:
                     is_admitted = self._admit_again(carrier, hello, contact, n_moves)
-                if is_admitted and contact.dial is not None:
-                    contact.dial.cancel()  # it got nowhere, and would replace this link
+                for other in (contact.dial, contact.moving) if is_admitted else ():
+                    if other is not None:
+                        other.cancel()  # it got nowhere, and would replace this carrier
         finally:
             if not is_admitted:
                 await carrier.aclose()

@@ -172,6 +172,7 @@ class NatCard(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     tcp: NatKindName
     port: Port
     is_reachable: bool
+    reachable_hosts: Annotated[list[IpAddress], Meta(max_length=4)] = []
     public_hosts: Annotated[list[IpAddress], Meta(max_length=4)]
     mapped_addresses: Annotated[list[Address], Meta(max_length=4)]
     lan_hosts: Annotated[list[IpAddress], Meta(max_length=16)]
@@ -230,6 +231,55 @@ class ProbeSent(Message, tag="probe_sent", frozen=True, kw_only=True):
     """Answer to a SendProbe; not sent if the asker is over its rate, or there is no other port."""
 
     is_sent: bool
+
+
+# --- paths -------------------------------------------------------------------------------------
+
+
+class PathOffer(Message, tag="path_offer", frozen=True, kw_only=True):
+    """What the sender knows of its NAT, to find a better way; answered by PathAnswer."""
+
+    nat: NatCard
+
+
+class PathAnswer(Message, tag="path_answer", frozen=True, kw_only=True):
+    """What the other end knows of its own."""
+
+    nat: NatCard
+
+
+class PathTry(Message, tag="path_try", frozen=True, kw_only=True):
+    """What the receiver is asked to do, now; answered by PathReady when it begins.
+
+    `addresses` are where to dial, or the one address under which others see the sender's port.
+    """
+
+    attempt: Literal["dial", "punch", "birthday_easy", "birthday_hard", "webrtc"]
+    addresses: Annotated[list[Address], Meta(max_length=8)] = []
+
+
+class PathReady(Message, tag="path_ready", frozen=True, kw_only=True):
+    """It begins; `address` is the one under which others see the port it has opened for it."""
+
+    address: Address | None = None
+
+
+class HostRequest(Message, tag="host_request", frozen=True, kw_only=True):
+    """At which host do you see this peer? Asked before many packets go there."""
+
+    peer: PeerId
+
+
+class HostAnswer(Message, tag="host_answer", frozen=True, kw_only=True):
+    """At this one; none if there is no link to it, or it goes another way."""
+
+    host: IpAddress | None
+
+
+class PathText(Message, tag="path_text", frozen=True, kw_only=True):
+    """A description of a WebRTC transport, for the attempt under way."""
+
+    text: Annotated[str, Meta(max_length=16384)]
 
 
 # --- store -------------------------------------------------------------------------------------
@@ -367,6 +417,13 @@ AnyMessage = (
     | DialledBack
     | SendProbe
     | ProbeSent
+    | PathOffer
+    | PathAnswer
+    | PathTry
+    | PathReady
+    | PathText
+    | HostRequest
+    | HostAnswer
     | StoreSync
     | Beat
     | RelayOpen

@@ -19,7 +19,7 @@ from .errors import LinkBroken, LinkTimeout, NotAMember, PeerUnreachable, Transp
 from .link import LinkKind
 
 HEAD_START_S = 0.25  # RFC 8305, section 5: between 100 ms and 2 s
-RELAY_HEAD_START_S = 0.25  # what direct addresses have before the first relay is asked
+RELAY_HEAD_START_S = 0.1  # what direct addresses have, on the same network, before relays are asked
 MAX_RELAYS = 2
 
 T = TypeVar("T")

@@ -34,6 +34,7 @@ _N_RTT_PROBES = 5
 _PROBE_BYTES = (256 << 10, 1 << 20, 4 << 20)
 _PROBE_ENOUGH_S = 0.25  # a probe that took this long has left slow start behind
 _MEASURE_DEADLINE_S = 10.0
+_CHECK_S = 1.0
 _LAG_S = 0.25  # woken later than this, it was we who stood still
 
 
@@ -103,6 +104,15 @@ class Peer:
         self._pings.clear()
         self._liveness.moved(now=self._loop.time())
         self._woken.set()
+
+    async def check(self) -> None:
+        """Ask for a sign of life; without one in a second, look for another way to the peer."""
+        try:
+            await self.ping(timeout_s=_CHECK_S)
+        except LinkTimeout:
+            self._link.suspect()
+        except TransportError:
+            pass  # it has ended
 
     def hold(self) -> None:
         """A session begins to depend on the link: heartbeats each second, no closing when idle."""

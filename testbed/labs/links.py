@@ -23,13 +23,19 @@ RATE_SLACK_SHARE = 0.10
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Which presets."""
-    parser.add_argument("presets", nargs="*", choices=[*PRESETS, []], metavar="PRESET")
+    parser.add_argument("presets", nargs="*", type=_preset, help=", ".join(PRESETS))
 
 
 def measure(folder: Path, options: argparse.Namespace) -> Sequence[Row]:
     """Each preset in a lab of its own."""
     names = options.presets or list(PRESETS)
     return [row for name in names for row in _measure_preset(name, PRESETS[name])]
+
+
+def _preset(name: str) -> str:
+    if name not in PRESETS:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(PRESETS)}")
+    return name
 
 
 def _measure_preset(name: str, link: Link) -> list[Row]:

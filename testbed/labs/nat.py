@@ -31,8 +31,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="whether cones are cones for TCP too",
     )
     parser.add_argument(
-        "--only", action="append", metavar="KIND,KIND", help="this pair, as 'open,symmetric'"
+        "--only",
+        action="append",
+        type=nat_matrix.parse_pair,
+        metavar="KIND,KIND",
+        help="this pair, as 'open,symmetric'",
     )
+    parser.add_argument("--relays", type=int, choices=(1, 2), default=2, help="public members")
     parser.add_argument("--capture", action="store_true", help="record the packets of failed pairs")
 
 
@@ -40,14 +45,14 @@ def measure(folder: Path, options: argparse.Namespace) -> Sequence[Row]:
     """Prove every kind, or all that the matrix uses and then connect through them."""
     if not options.matrix:
         return _prove_gallery()
-    chosen = options.only and [nat_matrix.parse_pair(text) for text in options.only]
     rows: list[Row] = []
     for flavour in ("tcp-cones", "udp-only-cones"):
         if options.flavour in (flavour, "both"):
             print(f"--- {flavour}", flush=True)
             rows += nat_matrix.measure(
-                chosen or nat_matrix.all_pairs(),
+                options.only or nat_matrix.all_pairs(),
                 cone_for_tcp=flavour == "tcp-cones",
+                n_relays=options.relays,
                 has_captures=options.capture,
             )
     return rows

@@ -1,4 +1,4 @@
-"""Two members, each behind every kind of NAT in turn, and a third that both can reach.
+"""Two members, each behind every kind of NAT in turn, and others on public addresses.
 
 A cell is one pair: the kind of the one that dials, and of the one that is dialled. The routers stay
 and change their rules, members are new for each cell. Every cable takes `ONE_WAY_MS`, so a round
@@ -8,6 +8,7 @@ measured at the member that dials; nothing here helps it.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from testbed.artefacts import Artefacts, Cell
 from testbed.lab import Lab
 from testbed.links import both_ways
 from testbed.members import Event, Member, found_swarm
-from testbed.namespaces import LabBroken
 from testbed.nat import Nat, NatKind
 from testbed.topology import Host, Router, Topology
 
@@ -29,6 +29,7 @@ LINK_S = 20.0  # for the first byte
 BETTER_S = 10.0  # for a path of its own, after that
 FIRST_BYTE_S, DIRECT_S = 1.0, 2.0  # the targets
 OWN_PATHS = frozenset({"direct", "mapped", "punched", "webrtc"})
+RELAYS = ("relay", "relay-2")
 SIDES = ("left", "right")
 _PORTS = count(20_000)  # no two members share one, so no old mapping serves a new member
 
@@ -70,11 +71,14 @@ class Outcome:
         return text
 
 
-def measure(pairs: Sequence[Pair], *, cone_for_tcp: bool, has_captures: bool) -> list[Row]:
+def measure(
+    pairs: Sequence[Pair], *, cone_for_tcp: bool, n_relays: int, has_captures: bool
+) -> list[Row]:
     """Connect every pair.
 
     Args:
         pairs: which.
+        n_relays: members on public addresses, up to two.
         cone_for_tcp: whether cones are cones for TCP too.
         has_captures: record packets, and keep those of cells that do not connect.
     """
@@ -84,15 +88,19 @@ def measure(pairs: Sequence[Pair], *, cone_for_tcp: bool, has_captures: bool) ->
         _prove(lab, cone_for_tcp=cone_for_tcp)
         with ExitStack() as stack:
             swarm = found_swarm()
-            relay = Member(lab, "relay", swarm, port=next(_PORTS), log=artefacts.root / "relay.log")
-            stack.callback(relay.close)
-            relay.wait_until_ready()
+            relays = []
+            for host in RELAYS[:n_relays]:
+                log = artefacts.root / f"{host}.log"
+                relay = Member(lab, host, swarm, port=next(_PORTS), log=log)
+                stack.callback(relay.close)
+                relay.wait_until_ready()
+                relays.append(relay)
             for pair in pairs:
                 _set_nats(lab, pair, cone_for_tcp=cone_for_tcp)
                 with artefacts.cell(str(pair)) as cell:
                     if has_captures:
-                        cell.capture(lab, [*SIDES, *(f"o-{side}" for side in SIDES), "relay"])
-                    with _members(lab, pair, relay, swarm, cell) as (left, right):
+                        cell.capture(lab, [*SIDES, *(f"o-{side}" for side in SIDES), *RELAYS])
+                    with _members(lab, pair, relays, swarm, cell) as (left, right):
                         outcomes[pair] = _connect(left, right)
                     cell.has_failed = outcomes[pair].first_kind is None
                 print(f"{pair!s:40} {outcomes[pair]}", flush=True)
@@ -106,12 +114,12 @@ def all_pairs() -> list[Pair]:
 
 
 def parse_pair(text: str) -> Pair:
-    """The pair called "KIND,KIND". Raises LabBroken if there is no such kind."""
+    """The pair called "KIND,KIND". Raises ArgumentTypeError if there is no such kind."""
     try:
         dialler, dialled = (NatKind(word.strip()) for word in text.split(","))
     except ValueError as error:
         kinds = ", ".join(NatKind)
-        raise LabBroken(f"{text!r} is not two of {kinds} with a comma between") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not two of {kinds}") from error
     return Pair(dialler, dialled)
 
 
@@ -145,7 +153,7 @@ def rows(outcomes: dict[Pair, Outcome], *, cone_for_tcp: bool) -> list[Row]:
 
 
 def _topology() -> Topology:
-    """On each side a router with a host behind it, and an open host; and the relay."""
+    """On each side a router with a host behind it, and an open host; and the relays."""
     link = both_ways(delay_ms=ONE_WAY_MS)
     any_nat = Nat(NatKind.PORT_RESTRICTED)
     return Topology(
@@ -153,7 +161,7 @@ def _topology() -> Topology:
         hosts=(
             *(Host(name=side, at=f"r-{side}") for side in SIDES),
             *(Host(name=f"o-{side}", link=link) for side in SIDES),
-            Host(name="relay", link=link),
+            *(Host(name=name, link=link) for name in RELAYS),
         ),
     )
 
@@ -175,9 +183,9 @@ def _set_nats(lab: Lab, pair: Pair, *, cone_for_tcp: bool) -> None:
 
 @contextmanager
 def _members(
-    lab: Lab, pair: Pair, relay: Member, swarm: Swarm, cell: Cell
+    lab: Lab, pair: Pair, relays: Sequence[Member], swarm: Swarm, cell: Cell
 ) -> Iterator[tuple[Member, Member]]:
-    """The two, each linked to the relay and told what the other says of itself."""
+    """The two, each linked to the relays, and told what the other announces."""
     with ExitStack() as stack:
         both = []
         for side, kind in zip(SIDES, (pair.dialler, pair.dialled), strict=True):
@@ -187,11 +195,9 @@ def _members(
             both.append(member)
         for member in both:
             member.wait_until_ready()
-            member.learn(relay)
-            member.dial(relay)
+            member.settle(relays)
         for member in both:
-            if member.wait_for(lambda it: it["said"] == "first-byte", LINK_S) is None:
-                raise LabBroken(f"{member.host} does not reach the relay")
+            member.wait_until_settled()
         left, right = both
         left.learn(right)
         right.learn(left)
@@ -201,17 +207,19 @@ def _members(
 def _connect(left: Member, right: Member) -> Outcome:
     """Let one dial the other, and wait for the best path there will be."""
     left.dial(right)
-    first = left.wait_for(lambda it: it["said"] in ("first-byte", "failed"), LINK_S)
+    first = left.wait_for(
+        lambda it: it["said"] in ("first-byte", "failed") and it["peer"] == right.peer_id, LINK_S
+    )
     if first is None or first["said"] == "failed":
         return Outcome(why="no answer at all" if first is None else first["why"])
     kind, first_byte_s = first["kind"], first["s"]
     if kind in OWN_PATHS:
         return Outcome(kind, first_byte_s, kind, first_byte_s)
-    better = left.wait_for(_is_own_path, BETTER_S)
+    better = left.wait_for(lambda it: _is_own_path(it, right), BETTER_S)
     if better is None:
         return Outcome(kind, first_byte_s, kind)
     return Outcome(kind, first_byte_s, better["kind"], better["s"])
 
 
-def _is_own_path(event: Event) -> bool:
-    return event["said"] == "path" and event["kind"] in OWN_PATHS
+def _is_own_path(event: Event, peer: Member) -> bool:
+    return event["said"] == "path" and event["peer"] == peer.peer_id and event["kind"] in OWN_PATHS

@@ -28,7 +28,7 @@ BACK_S = 60.0
 LOOK_S = 0.5
 N_ANNOUNCING = 4  # at once
 # Of `node/discovery.py`: what a node does so seldom that no idle minute of the lab would show it.
-ANNOUNCE_S, SEARCH_S = 1500.0, 1800.0
+ANNOUNCE_S, SEARCH_S = 1500.0, 3600.0
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

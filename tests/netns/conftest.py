@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 from testbed import namespaces
+from testbed.lab import TOOLS
 
 ROOT = Path(__file__).parents[2]
 REPORT = "COVEY_LAB_REPORT"  # where the pytest inside writes how each test ended
@@ -73,7 +74,7 @@ def _belongs_inside(item: pytest.Item) -> bool:
 def _outcomes(chosen: list[str]) -> dict[str, dict[str, str]]:
     """How each of the chosen tests ended inside, by its id."""
     try:
-        namespaces.check_available()
+        namespaces.check_available(TOOLS)
     except namespaces.LabUnavailable as error:
         skipped = {"outcome": "skipped", "said": str(error), "duration_s": "0"}
         return dict.fromkeys(chosen, skipped)

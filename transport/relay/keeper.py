@@ -150,6 +150,7 @@ class RelayHolder:
         self._connect = connect
         self._kept: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
+        self._news = asyncio.Event()  # for `changed`
         self._loop = asyncio.get_running_loop()
         self._tasks = Tasks()
 
@@ -174,6 +175,11 @@ class RelayHolder:
         self._keeper.failed(peer_id, now=self._loop.time())
         self._changed.set()
 
+    async def changed(self) -> None:
+        """Until `relays` may be others than now."""
+        await self._news.wait()
+        self._news.clear()
+
     async def run(self) -> None:
         """Until cancelled; links that nobody else needs end by themselves after that."""
         try:
@@ -187,6 +193,7 @@ class RelayHolder:
             await self._tasks.aclose()
 
     def _step(self, now: float) -> None:
+        self._news.set()
         steps = self._keeper.next_steps(now=now)
         for peer_id in steps.release:
             self._let_go(peer_id)

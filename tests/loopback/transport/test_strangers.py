@@ -174,7 +174,7 @@ async def test_ten_thousand_half_open_dials_keep_no_member_out(stack: AsyncExitS
     n_fds = process.num_fds() - len(held) - fds_before
     for connection in held:
         connection.close()
-    assert n_kept_max <= MAX_SILENT
+    assert n_kept_max <= MAX_SILENT + 1  # the one that makes way is still ending
     assert n_fds <= MAX_SILENT + 8
     assert slowest_s < 2.0
     assert process.memory_info().rss - rss_before < 32 << 20

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
+
 import pytest
 from testbed.devices import DEVICES
 from testbed.faults import cut_rules, partition_rules
+from testbed.labs.scenario import load
 from testbed.scenario import End, Expect, Freeze, Program, Scenario, Start
 from testbed.topology import Host, Topology
 
@@ -50,3 +54,14 @@ def test_slower_devices_have_less_memory_too() -> None:
     assert devices == sorted(devices, key=lambda device: (device.speed, device.memory_bytes))
     assert devices[0].options == ("--speed", "0.15")
     assert devices[-1].options == ()
+
+
+def test_a_scenario_is_a_file_with_one(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("from testbed.scenarios.walk_to_the_cafe import SCENARIO")
+    assert load(str(file)).name == "walk-to-the-cafe"
+    file.write_text("")
+    with pytest.raises(argparse.ArgumentTypeError, match="has no SCENARIO"):
+        load(str(file))
+    with pytest.raises(argparse.ArgumentTypeError, match="is not there"):
+        load(str(tmp_path / "other.py"))

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Iterator
 
 import pytest
-from testbed.cables import burst_bytes
+from testbed.cables import burst_bytes, netem_words
 from testbed.links import PRESETS, Way, both_ways
 from testbed.wire import LIMIT
 from testbed.wire import Way as WireWay
@@ -83,3 +83,9 @@ def test_a_way_that_loses_all_lets_nothing_pass(way: WireWay) -> None:
 def test_a_full_way_drops_what_comes(way: WireWay) -> None:
     way.n_held = LIMIT
     assert way.due(0) is None
+
+
+def test_netem_is_told_all_of_a_way() -> None:
+    way = Way(delay_ms=20, jitter_ms=2, loss=0.01, mbit_per_s=50)
+    assert netem_words(way) == "netem delay 20ms 2ms loss 1% rate 50mbit limit 10000"
+    assert "rate" not in netem_words(Way(delay_ms=20))

@@ -1,0 +1,109 @@
+"""Meshes on 127.0.0.1 that reach each other through a third, and then better."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+
+import pytest
+
+from covey.transport.errors import LinkBroken
+from covey.transport.link import LinkKind
+from covey.transport.messages import SessionOpened
+from covey.transport.peer import Peer
+from covey.transport.reach import Reach
+from support.meshes import Node, beat, open_session, swarm_of
+
+pytestmark = pytest.mark.network
+
+
+@pytest.fixture
+async def stack() -> AsyncIterator[AsyncExitStack]:
+    async with AsyncExitStack() as stack:
+        yield stack
+
+
+async def reachable(node: Node, stack: AsyncExitStack) -> Reach:
+    assert node.swarm is not None
+    reach = Reach(node.mesh, node.swarm, maps_ports=False, is_outside=lambda _: True)
+    return await stack.enter_async_context(reach)
+
+
+async def three(stack: AsyncExitStack) -> tuple[list[Node], list[Reach]]:
+    """Two ends that know of each other only that the third relays; the lower id is the first."""
+    nodes = await swarm_of(stack, 3)
+    reaches = [await reachable(node, stack) for node in nodes]
+    a, b, relay = nodes
+    for end, other in ((a, b), (b, a)):
+        end.mesh.learn(other.id, (), relays=(relay.id,))
+        await end.mesh.peer(relay.id)
+    return nodes, reaches
+
+
+async def until_kind(node: Node, peer: Peer, wanted: LinkKind) -> None:
+    moved = asyncio.Event()
+    node.mesh.on_path(lambda _: moved.set())
+    async with asyncio.timeout(10):
+        while peer.kind is not wanted:
+            moved.clear()
+            await moved.wait()
+
+
+async def test_a_peer_without_an_address_is_reached_through_its_relay(
+    stack: AsyncExitStack,
+) -> None:
+    (a, b, _), _ = await three(stack)
+    peer = await a.mesh.peer(b.id)
+    answer = await peer.request(open_session(a.id), timeout_s=5)
+    assert answer.message == SessionOpened(session="s")
+
+
+@pytest.mark.parametrize("dialler", [0, 1])
+async def test_a_relayed_link_becomes_a_direct_one_and_loses_nothing(
+    stack: AsyncExitStack, dialler: int
+) -> None:
+    (a, b, _), reaches = await three(stack)
+    for reach in reaches:
+        await reach.nat.refresh()
+    ends = (a, b) if dialler == 0 else (b, a)
+    peer = await ends[0].mesh.peer(ends[1].id)
+    n_sent = 0
+
+    async def talk() -> None:
+        nonlocal n_sent
+        while True:
+            await peer.send(beat(str(n_sent)))
+            n_sent += 1
+            await asyncio.sleep(0)
+
+    talking = asyncio.create_task(talk())
+    await until_kind(ends[0], peer, LinkKind.DIRECT)
+    talking.cancel()
+    await asyncio.gather(talking, return_exceptions=True)
+    for number in range(n_sent):
+        _, frame = await ends[1].frames.get()
+        assert frame.message == beat(str(number))
+    assert a.downs.empty()
+
+
+async def test_a_relayed_link_survives_its_relay_when_there_is_another(
+    stack: AsyncExitStack,
+) -> None:
+    nodes = await swarm_of(stack, 4)
+    a, b, first, second = nodes
+    for node in nodes:
+        await reachable(node, stack)
+    for end, other in ((a, b), (b, a)):
+        end.mesh.learn(other.id, (), relays=(first.id, second.id))
+        for relay in (first, second):
+            await end.mesh.peer(relay.id)
+    peer = await a.mesh.peer(b.id)
+    answer = await peer.request(open_session(a.id), timeout_s=5)
+    await first.mesh.aclose()
+    link = peer._link
+    if peer.kind is LinkKind.RELAYED:
+        link._carrier.abort(LinkBroken("the relay is gone"))  # type: ignore[attr-defined]
+    answer = await peer.request(open_session(a.id), timeout_s=5)
+    assert answer.message == SessionOpened(session="s")
+    assert a.mesh.peers[b.id] is peer
