@@ -23,7 +23,8 @@ from covey.transport.errors import LinkClosed
 from covey.transport.frame import Frame, Tensor
 from covey.transport.identity import Identity
 from covey.transport.messages import Beat, Forward
-from covey.transport.stream_link import StreamLink, open_stream_link
+from covey.transport.steady.link import SteadyLink
+from covey.transport.stream_link import open_stream_link
 from covey.transport.tls import authenticate, build_contexts
 
 from .rows import Row, report
@@ -37,19 +38,22 @@ LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
 }
 
 
-async def connect(connection: socket.socket, *, is_dialer: bool) -> StreamLink:
-    """One end of the measured link."""
+async def connect(connection: socket.socket, *, is_dialer: bool) -> SteadyLink:
+    """One end of the measured link, with all that a node puts above the connection."""
     contexts = build_contexts(SEED, Identity.generate())
-    return await open_stream_link(
+    carrier = await open_stream_link(
         connection,
         context=contexts.client if is_dialer else contexts.server,
         is_dialer=is_dialer,
         authenticate=lambda tls: authenticate(tls, expected=None, is_allowed=lambda _: True),
         handshake_s=5.0,
     )
+    link = SteadyLink(carrier, bytes(16))
+    link.on_lost = lambda: link.abort(link.lost_to)
+    return link
 
 
-async def echo(link: StreamLink) -> None:
+async def echo(link: SteadyLink) -> None:
     """The other process: return small frames whole, answer large ones with a word."""
     with suppress(LinkClosed):
         while True:
@@ -60,7 +64,7 @@ async def echo(link: StreamLink) -> None:
     await link.aclose()
 
 
-async def round_trips_us(link: StreamLink, n: int) -> list[float]:
+async def round_trips_us(link: SteadyLink, n: int) -> list[float]:
     """What `n` small frames took to come back, one after the other."""
     small = forward(SMALL_BYTES)
     times: list[float] = []
@@ -72,7 +76,7 @@ async def round_trips_us(link: StreamLink, n: int) -> list[float]:
     return times
 
 
-async def speeds_mb_s(link: StreamLink, n: int) -> list[float]:
+async def speeds_mb_s(link: SteadyLink, n: int) -> list[float]:
     """How fast `n` large frames went one way, the short answer included."""
     large = forward(LARGE_BYTES)
     speeds: list[float] = []

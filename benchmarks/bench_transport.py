@@ -26,7 +26,7 @@ from covey.transport.mesh import Mesh
 from covey.transport.messages import Beat
 from covey.transport.peer import Peer
 from covey.transport.relay.client import RelayClient
-from covey.transport.stream_link import StreamLink
+from covey.transport.steady.link import SteadyLink
 
 from . import lattica_rpc
 from .bench_link import connect, round_trips_us, speeds_mb_s
@@ -59,8 +59,8 @@ async def main() -> list[Row]:
 async def _link_rows(mesh: Mesh, relay: Child, far: Child) -> list[Row]:
     direct, relayed = await _direct_link(far), await _relayed_link(mesh, relay, far)
     await asyncio.gather(*(round_trips_us(link, N_SMALL) for link in (direct, relayed)))
-    times: dict[StreamLink, list[float]] = {direct: [], relayed: []}
-    speeds: dict[StreamLink, list[float]] = {direct: [], relayed: []}
+    times: dict[SteadyLink, list[float]] = {direct: [], relayed: []}
+    speeds: dict[SteadyLink, list[float]] = {direct: [], relayed: []}
     for _ in range(N_ROUNDS):
         for link in (direct, relayed):
             times[link].append(statistics.median(await round_trips_us(link, N_SMALL)))
@@ -78,14 +78,14 @@ async def _link_rows(mesh: Mesh, relay: Child, far: Child) -> list[Row]:
     ]
 
 
-async def _direct_link(far: Child) -> StreamLink:
+async def _direct_link(far: Child) -> SteadyLink:
     connection = socket.socket()
     connection.setblocking(False)
     await asyncio.get_running_loop().sock_connect(connection, ("127.0.0.1", far.echo_port))
     return await connect(connection, is_dialer=False)
 
 
-async def _relayed_link(mesh: Mesh, relay: Child, far: Child) -> StreamLink:
+async def _relayed_link(mesh: Mesh, relay: Child, far: Child) -> SteadyLink:
     async def refuse(connection: socket.socket, origin: str) -> None:
         connection.close()
 

@@ -13,7 +13,7 @@ import typer
 
 from covey import CoveyError, __version__
 
-from . import ask, demo, facts, members, nodes
+from . import ask, demo, doctor, facts, members, nodes
 from .render import err
 
 COMMANDS: tuple[Callable[..., None], ...] = (
@@ -24,6 +24,8 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     facts.plan,
     facts.status,
     facts.models,
+    doctor.doctor,
+    doctor.ping,
     nodes.invite,
     nodes.stop,
     demo.demo,

@@ -29,6 +29,9 @@ def list_members(home: options.Home = None, as_json: options.AsJson = False) -> 
 @app.command()
 def remove(
     peer: Peer,
+    with_invited: Annotated[
+        bool, typer.Option("--with-invited", help="Also those that are in only by its word.")
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     home: options.Home = None,
     as_json: options.AsJson = False,
@@ -41,14 +44,14 @@ def remove(
     with local_client(home) as client:
         if not yes:
             if not as_json:
-                _warn(client.members(), peer)
+                _warn(client.members(), peer, with_invited=with_invited)
             typer.confirm(f"remove {peer} for good?", abort=True, err=True)
-        done = client.remove_member(peer)
+        done = client.remove_member(peer, with_invited=with_invited)
     if as_json:
         print_json(done)
         return
-    name = done["removed"]["name"]
-    out.print(f"{name} is removed: its links are being cut, and the secret changes", markup=False)
+    names = ", ".join(member["name"] for member in done["removed"])
+    out.print(f"removed: {names}; links are being cut, and the secret changes", markup=False)
 
 
 @app.command()
@@ -65,15 +68,18 @@ def allow(peer: Peer, home: options.Home = None, as_json: options.AsJson = False
         out.print(f"{done['allowed']['name']} may remove members now", markup=False)
 
 
-def _warn(facts: dict[str, Any], peer: str) -> None:
+def _warn(facts: dict[str, Any], peer: str, *, with_invited: bool) -> None:
     """Say what a removal does and what it does not, before it is asked for."""
     out.print("its links are cut within seconds, and the swarm's secret changes for all others")
     out.print("it keeps what it has seen and downloaded so far")
     out.print("it can only come back as a new member, with a new invite")
-    named = [m["peer_id"] for m in facts["members"] if _is_meant(m, peer)]
-    guests = [m["name"] for m in facts["members"] if m["invited_by"] in named]
+    named = {m["peer_id"] for m in facts["members"] if _is_meant(m, peer)}
+    guests = [
+        m["name"] for m in facts["members"] if m["invited_by"] and named >= set(m["invited_by"])
+    ]
     if guests:
-        out.print(f"it invited {', '.join(guests)}: they stay", markup=False)
+        fate = "are removed too" if with_invited else "stay, unless you add --with-invited"
+        out.print(f"in only by its invites: {', '.join(guests)}; they {fate}", markup=False)
 
 
 def _is_meant(member: dict[str, Any], peer: str) -> bool:
@@ -93,7 +99,7 @@ def _render(facts: dict[str, Any]) -> None:
                 member["role"],
                 "-" if member["epoch"] is None else str(member["epoch"]),
                 member["link"] or "-",
-                names.get(member["invited_by"] or "", "-"),
+                ", ".join(names.get(peer, peer[-8:]) for peer in member["invited_by"]) or "-",
             )
             for member in facts["members"]
         ],

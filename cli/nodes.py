@@ -79,6 +79,12 @@ Speed = Annotated[
 Prefer = Annotated[str, typer.Option(help="What plans aim at: latency, throughput or balanced.")]
 Context = Annotated[int, typer.Option(min=16, help="Longest session to keep room for, in tokens.")]
 Mdns = Annotated[bool, typer.Option(help="Find members on the local network by themselves.")]
+Relay = Annotated[
+    bool, typer.Option(help="Pass links on between members that cannot reach each other.")
+]
+MapPort = Annotated[
+    bool, typer.Option(help="Ask the router to forward the port (UPnP, NAT-PMP), if that helps.")
+]
 Detach = Annotated[bool, typer.Option("--detach", help="Run in the background.")]
 ExitWith = Annotated[
     int | None, typer.Option("--exit-with", hidden=True, help="Stop when this process is gone.")
@@ -118,6 +124,8 @@ def up(
     prefer: Prefer = "balanced",
     context: Context = 2048,
     mdns: Mdns = True,
+    relay: Relay = True,
+    map_port: MapPort = True,
     detach: Detach = False,
     verbose: Verbose = False,
     exit_with: ExitWith = None,
@@ -145,6 +153,8 @@ def up(
         prefer=prefer,
         context_tokens=context,
         mdns=mdns,
+        relay=relay,
+        map_port=map_port,
     )
     how = Start(may_found=True, exit_with=exit_with, as_json=as_json)
     _run(config, how, verbose=verbose)
@@ -171,6 +181,8 @@ def join(
     prefer: Prefer = "balanced",
     context: Context = 2048,
     mdns: Mdns = True,
+    relay: Relay = True,
+    map_port: MapPort = True,
     detach: Detach = False,
     verbose: Verbose = False,
     exit_with: ExitWith = None,
@@ -199,18 +211,25 @@ def join(
         prefer=prefer,
         context_tokens=context,
         mdns=mdns,
+        relay=relay,
+        map_port=map_port,
     )
     how = Start(invite=invite, exit_with=exit_with, discard_home=discard_home, as_json=as_json)
     _run(config, how, verbose=verbose)
 
 
 def invite(
-    hours: Annotated[float, typer.Option(min=0.01, max=720, help="How long it is good for.")] = 24,
-    uses: Annotated[int, typer.Option(min=1, max=1000, help="How many machines it lets in.")] = 8,
+    hours: Annotated[
+        float, typer.Option(min=0.01, max=720, help="How long it is good for, in hours.")
+    ] = 24,
+    uses: Annotated[
+        int,
+        typer.Option(min=1, max=1000, help="How many machines it lets in: whoever comes first."),
+    ] = 1,
     home: options.Home = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Print a new invite to the swarm of this machine's node."""
+    """Print a new invite to the swarm of this machine's node; keep it as secret as a password."""
     from .local import local_client
 
     with local_client(home) as client:

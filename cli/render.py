@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -35,7 +36,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
         is_number = bool(rows) and all(row[idx][:1].isdigit() or row[idx] == "-" for row in rows)
         grid.add_column(column, justify="right" if is_number else "left")
     for row in rows:
-        grid.add_row(*row)
+        grid.add_row(*map(Text, row))  # as it is: names and addresses may hold brackets
     out.print(grid)
 
 

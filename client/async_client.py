@@ -187,9 +187,18 @@ class AsyncClient:
         """Who is in the swarm, and who was removed; needs the control key."""
         return object_of(await self._call("GET", "/covey/members"))
 
-    async def remove_member(self, member: str) -> dict[str, Any]:
+    async def doctor(self) -> dict[str, Any]:
+        """What stands between the node and the others, found out anew; needs the control key."""
+        return object_of(await self._call("GET", "/covey/doctor"))
+
+    async def ping(self, member: str, *, count: int = 10) -> dict[str, Any]:
+        """The node's link to a member, measured; needs the control key."""
+        body = {"member": member, "count": count}
+        return object_of(await self._call("POST", "/covey/ping", json=body))
+
+    async def remove_member(self, member: str, *, with_invited: bool = False) -> dict[str, Any]:
         """Remove a member for good, by name, peer id or its end; needs the control key."""
-        body = {"member": member}
+        body = {"member": member, "with_invited": with_invited}
         return object_of(await self._call("POST", "/covey/members/remove", json=body))
 
     async def allow_member(self, member: str) -> dict[str, Any]:

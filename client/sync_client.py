@@ -189,9 +189,18 @@ class Client:
         """Who is in the swarm, and who was removed; needs the control key."""
         return object_of(self._call("GET", "/covey/members"))
 
-    def remove_member(self, member: str) -> dict[str, Any]:
+    def doctor(self) -> dict[str, Any]:
+        """What stands between the node and the others, found out anew; needs the control key."""
+        return object_of(self._call("GET", "/covey/doctor"))
+
+    def ping(self, member: str, *, count: int = 10) -> dict[str, Any]:
+        """The node's link to a member, measured; needs the control key."""
+        body = {"member": member, "count": count}
+        return object_of(self._call("POST", "/covey/ping", json=body))
+
+    def remove_member(self, member: str, *, with_invited: bool = False) -> dict[str, Any]:
         """Remove a member for good, by name, peer id or its end; needs the control key."""
-        body = {"member": member}
+        body = {"member": member, "with_invited": with_invited}
         return object_of(self._call("POST", "/covey/members/remove", json=body))
 
     def allow_member(self, member: str) -> dict[str, Any]:

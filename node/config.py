@@ -55,6 +55,8 @@ class NodeConfig:
     context_tokens: int = 2048  # longest session that plans and leases reckon with
     max_sessions: int = 8  # generations at once, as head
     mdns: bool = True
+    relay: bool = True  # pass links on between members that cannot reach each other
+    map_port: bool = True  # ask the router to forward the data plane's port
     grace_s: float = 10.0  # how long a stopping node lets its generations finish
 
     def __post_init__(self) -> None:

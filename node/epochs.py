@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from covey.store.schema import Revocation
+from covey.store.schema import Revocation, Rotation
 from covey.transport.errors import (
     ErrorCode,
     NotAMember,
@@ -31,6 +31,7 @@ from covey.transport.tasks import Tasks
 
 from .members import Members
 from .rotation import Need, Secrets
+from .standing import Standing
 from .switch import Switch
 
 logger = logging.getLogger(__name__)
@@ -81,19 +82,16 @@ class Epochs:
         """The swarm with the secret that this node uses now."""
         return self._in_use.current
 
-    def remove(self, text: str) -> Revocation:
-        """Remove a member and change the secret; errors as `Members.remove`."""
+    def remove(self, text: str, *, with_invited: bool = False) -> list[Revocation]:
+        """Remove a member and change the secret; arguments and errors as `Members.remove`."""
         before = self._secrets.keyring
         try:
-            revocation = self._members.remove(
-                text,
-                lambda after: self._secrets.rotate(after, self._holders(), unix_time=time.time()),
-            )
+            removals = self._members.remove(text, self._rotation, with_invited=with_invited)
         except BaseException:
             self._secrets.keyring = before  # the new secret was never published
             raise
         self._put_to_use()
-        return revocation
+        return removals
 
     def look(self) -> None:
         """Do what the standing asks for."""
@@ -101,8 +99,7 @@ class Epochs:
         need = self._secrets.review(standing, now=now, unix_time=time.time())
         if need is Need.ROTATE:
             logger.info("the secret is changed again: somebody removed may know it")
-            rotation = self._secrets.rotate(standing, self._holders(), unix_time=time.time())
-            self._members.publish([rotation])
+            self._members.publish([self._rotation(standing)])
         elif need is Need.ASK and now >= self._next_ask_at:
             self._next_ask_at = now + ASK_S
             self._tasks.spawn(self._ask_somebody(), "ask for the secret")
@@ -188,23 +185,16 @@ class Epochs:
         members = self._members
         if not members.is_allowed(peer_id):
             return SecretAnswer(statements=members.proof_of_removal(peer_id), copy=None)
-        copy = self._secrets.copy_for(members.standing, peer_id, members.admitted_by())
+        copy = self._secrets.copy_for(members.standing, peer_id, members.inviters())
         if copy is None:
             return Failure(code=ErrorCode.NOT_A_MEMBER)
         return SecretAnswer(statements=members.statements_in_force(), copy=copy)
 
     # --- inside ------------------------------------------------------------------------------
 
-    def _holders(self) -> set[str]:
-        """Who is to have the next secret: whoever had the present one sealed, or was let in.
-
-        Before the first rotation nobody had it sealed: there every member counts. Later on one
-        that nobody let in does not, since a removed member could make up any number of those.
-        """
-        members, rotation = self._members, self._members.standing.rotation
-        if rotation is None:
-            return set(members.known())
-        return {*rotation.copies, *members.admitted_by(), *members.standing.authorities}
+    def _rotation(self, standing: Standing) -> Rotation:
+        holders = self._members.holders(standing)
+        return self._secrets.rotate(standing, holders, unix_time=time.time())
 
     def _put_to_use(self) -> None:
         """Let everything use the keyring as it is now, if it changed."""

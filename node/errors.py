@@ -56,6 +56,10 @@ class Busy(NodeError):
         self.retry_after_s = retry_after_s
 
 
+class MemberUnreachable(NodeError):
+    """There is no link to a member and none can be made now; the text says what was tried."""
+
+
 class InvalidRequest(NodeError):
     """A parameter of a generation is wrong; `.field` names it as the HTTP API does."""
 

@@ -48,7 +48,7 @@ def member_facts(node: Node) -> dict[str, Any]:
     members, standing = node.members, node.members.standing
     live = node.live_peers()
     states = node.awareness.live(node.clock())
-    inviters = members.admitted_by()
+    inviters = members.inviters()
     roles = {standing.founder: "founder", **dict.fromkeys(standing.delegates, "delegate")}
     listed = []
     for peer_id, card in members.known().items():
@@ -62,7 +62,7 @@ def member_facts(node: Node) -> dict[str, Any]:
                 "is_live": peer_id in live,
                 "last_seen_at": members.last_seen.get(peer_id),
                 "role": roles.get(peer_id, "member"),
-                "invited_by": inviters.get(peer_id),
+                "invited_by": sorted(inviters.get(peer_id, ())),
                 "epoch": epoch if isinstance(epoch, int) else None,
                 "link": link.kind.value if link is not None else None,
             }

@@ -1,7 +1,8 @@
 """Measures the links of this node and publishes what they can do.
 
-Every live member is dialled and measured once, a few at a time, so that the planner knows pairs
-that nobody has used yet; afterwards the round-trip time is taken from ordinary heartbeats.
+Every live member that could share a plan with us is dialled and measured once, one at a time, so
+that the planner knows pairs that nobody has used yet; afterwards the round-trip time is taken from
+ordinary heartbeats, and a bandwidth probe of megabytes follows only where that has changed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from .planning_state import link_record
 logger = logging.getLogger(__name__)
 
 LOOK_S = 1.0  # between looks for links that were never measured
-REMEASURE_S = 600.0
+REMEASURE_S = 6 * 3600.0  # a probe takes 5 MB, and idle nodes are to be quiet
+REMEASURE_CHANGED_S = 600.0  # where the round-trip time has become another
 RETRY_S = 15.0  # after a member that could not be reached
 NOTE_EVERY_S = 30.0  # per link, at most
 NOTABLE_CHANGE = 0.5  # of the RTT; less is noise, and every publication costs all members
@@ -90,6 +92,8 @@ class LinkMeter:
             is_due = self._clock() - self._noted_at[peer_id] > NOTE_EVERY_S
             if is_due and change > max(NOTABLE_CHANGE * known.rtt_s, 1e-3):
                 self._publish(LinkProfile.from_value({**known.to_value(), "rtt_s": peer.rtt_s}))
+                soon = self._clock() + REMEASURE_CHANGED_S
+                self._due_at[peer_id] = min(self._due_at.get(peer_id, soon), soon)
 
     def _publish(self, profile: LinkProfile) -> None:
         self._profiles[profile.b] = profile

@@ -101,35 +101,40 @@ class Members:
 
     # --- saying ------------------------------------------------------------------------------
 
-    def remove(self, text: str, rotate: Callable[[Standing], Rotation]) -> Revocation:
-        """Remove a member for good; both the removal and a new secret, or neither, are published.
+    def remove(
+        self, text: str, rotate: Callable[[Standing], Rotation], *, with_invited: bool = False
+    ) -> list[Revocation]:
+        """Remove a member for good; removals and a new secret, or neither, are published.
 
         Args:
             text: name, peer id or the end of one.
             rotate: makes the rotation that goes with the removal, for the standing it leads to.
+            with_invited: remove those too whom nobody else let in, and whom they did.
 
         Raises:
             InvalidRequest: nobody, or more than one, is called so; or it is this node.
             NotAllowed: this node may not remove it.
         """
         peer_id = self.find(text)
+        standing = self.standing
         if peer_id == self._own:
             raise InvalidRequest("member", "a node cannot remove itself: stop it with `covey stop`")
-        if peer_id in self.standing.removed:
+        if peer_id in standing.removed:
             raise InvalidRequest("member", f"{text} was removed before")
-        if not self.standing.may_remove(self._own, peer_id):
+        if not standing.may_remove(self._own, peer_id):
             raise NotAllowed(self._why_not(peer_id))
-        if len(self.standing.removed) >= MAX_REMOVED:
-            raise NotAllowed(f"{MAX_REMOVED} members were removed already: found a new swarm")
-        revocation = self._revocation(peer_id, self.name_of(peer_id))
+        gone = [peer_id, *(self.invited_by(peer_id) if with_invited else ())]
+        removals = [self._revocation(peer, self.name_of(peer)) for peer in gone]
         again = [
             self._revocation(said.member, said.name)
-            for said in self.standing.removed.values()
-            if said.by == peer_id
+            for said in standing.removed.values()
+            if said.by in gone
         ]
-        after = judge(self.standing.founder, [*self._statements(), revocation, *again])
-        self.publish([revocation, *again, rotate(after)])
-        return revocation
+        if len(standing.removed) + len(removals) > MAX_REMOVED:
+            raise NotAllowed(f"no more than {MAX_REMOVED} can be removed: found a new swarm")
+        after = judge(standing.founder, [*self._statements(), *removals, *again])
+        self.publish([*removals, *again, rotate(after)])
+        return removals
 
     def allow(self, text: str) -> Delegation:
         """Let a member remove others; errors as for `remove`."""
@@ -158,17 +163,43 @@ class Members:
 
     def known(self) -> dict[str, MemberCard | None]:
         """Every member that is known of and was not removed, with its card if it has one."""
-        known: dict[str, MemberCard | None] = dict.fromkeys(self.admitted_by())
+        known: dict[str, MemberCard | None] = dict.fromkeys(self.inviters())
         known.update({self.standing.founder: None, self._own: None})
         known.update(self._views.members())
         return {peer: card for peer, card in sorted(known.items()) if self.is_allowed(peer)}
 
-    def admitted_by(self) -> dict[str, str]:
-        """Who let whom in, by what members say of it; of two the lower peer id is named."""
-        inviters: dict[str, str] = {}
+    def inviters(self) -> dict[str, set[str]]:
+        """Who let whom in, by what members say of it."""
+        inviters: dict[str, set[str]] = {}
         for entry in self._views.admissions():
-            inviters.setdefault(entry.record.member, entry.author)
+            inviters.setdefault(entry.record.member, set()).add(entry.author)
         return inviters
+
+    def invited_by(self, peer_id: str) -> list[str]:
+        """Members that are in only by its word, or by that of such; whom we may remove."""
+        inviters, cards = self.inviters(), self._views.members()
+        found = {peer_id}
+        while more := {m for m in cards.keys() - found if inviters.get(m, {""}) <= found}:
+            found |= more
+        return sorted(
+            peer for peer in found - {peer_id} if self.standing.may_remove(self._own, peer)
+        )
+
+    def holders(self, standing: Standing) -> set[str]:
+        """Who is to have the next secret: whoever had the present one sealed, or was let in.
+
+        Before the first rotation nobody had it sealed: there every member counts. Later on one
+        that nobody let in does not, since a removed member could make up any number of those; nor
+        does one that it alone says to have let in, and that nobody has seen.
+        """
+        cards, rotation = self._views.members(), self.standing.rotation
+        admitted = {
+            peer
+            for peer, by in self.inviters().items()
+            if peer in cards or not by <= standing.removed.keys()
+        }
+        had_it = rotation.copies if rotation is not None else cards
+        return {*had_it, *admitted, *standing.authorities, self._own}
 
     def name_of(self, peer_id: str) -> str:
         """What a peer calls itself, else the end of its id."""
@@ -205,9 +236,10 @@ class Members:
             except RecordMalformed as error:
                 logger.debug("a statement is ignored: %s", error)
                 continue
-            if statement.by in self._authors() and len(self._heard) < MAX_HEARD:
+            is_believed = statement.by in self._authors() and self._is_genuine(statement)
+            if is_believed and len(self._heard) < MAX_HEARD:
                 self._heard[data] = statement
-                self._look()
+        self._look()
 
     def proof_of_removal(self, peer_id: str) -> list[bytes]:
         """What a removed peer needs in order to believe it."""
@@ -286,16 +318,26 @@ class Members:
             extra={"peer": peer_id[-8:]},
         )
         if peer_id != self._own:
-            link = self._mesh.peers.get(peer_id)
-            if link is not None:
-                try:
-                    link.post(MembershipNotice(statements=self.proof_of_removal(peer_id)))
-                except TransportError:
-                    logger.debug("the link ended before", extra={"peer": peer_id[-8:]})
+            self._tell(peer_id)
             self._loop.call_later(LAST_WORDS_S, self._mesh.drop, peer_id)
             self._awareness.forget(peer_id)
             self._replica.forget(peer_id)
         self._on_removed(revocation)
+
+    def _tell(self, removed: str) -> None:
+        """Tell the removed one why, and at once every member that we have a link to.
+
+        The store would do the latter too, but a hello may be lost, and its repair takes seconds.
+        """
+        proof, rotation = self.proof_of_removal(removed), self.standing.rotation
+        news = [*proof, encode_statement(rotation)] if rotation is not None else proof
+        for peer_id, link in self._mesh.peers.items():
+            if peer_id == removed or self.is_allowed(peer_id):
+                said = proof if peer_id == removed else news
+                try:
+                    link.post(MembershipNotice(statements=said))
+                except TransportError:
+                    logger.debug("the link ended before", extra={"peer": peer_id[-8:]})
 
     # --- inside ------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from covey.partition.plan import LayerPlan, make_plan
 from covey.partition.profile import DeviceProfile, LinkProfile, ModelLayout, Workload
 from covey.partition.search import Candidate, Front, pareto_front
 from covey.store.replica import Replica
-from covey.store.schema import Ready
+from covey.store.schema import ProfileRecord, Ready
 from covey.store.views import Views
 from covey.transport.mesh import Mesh
 from covey.transport.peer import Peer
@@ -76,7 +76,9 @@ class Planning:
 
     def __init__(self, node: Host) -> None:
         self._node = node
-        self._meter = LinkMeter(node.mesh, node.replica, node.peer_id, node.live_peers, node.clock)
+        self._meter = LinkMeter(
+            node.mesh, node.replica, node.peer_id, self._could_share_a_plan, node.clock
+        )
         self._devices: dict[str, DeviceProfile] = {}  # this node's own, by model digest
         self._routes: dict[str, Route] = {}  # the active ones, by model digest
         self._reasons: dict[str, str] = {}  # why a model has no route
@@ -147,6 +149,19 @@ class Planning:
             except TimeoutError:
                 continue
             self._woken.clear()
+
+    def _could_share_a_plan(self) -> frozenset[str]:
+        """The live members that offer a model of ours: links to others are never planned with."""
+        models = {model.digest for model in self._node.catalog}
+        if not models:
+            return frozenset()
+        profiles = self._node.replica.items(f"{ProfileRecord.prefix}device")
+        offering = {
+            author
+            for author, _, value in profiles
+            if isinstance(offered := value.get("value"), dict) and models & offered.keys()
+        }
+        return self._node.live_peers() & offering
 
     async def _publish_devices(self) -> None:
         node = self._node

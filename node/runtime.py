@@ -19,28 +19,30 @@ from covey.partition.choose import Prefer
 from covey.store.awareness import Awareness
 from covey.store.disk import Disk
 from covey.store.replica import Replica
-from covey.store.schema import MemberCard, Ready, Revocation
+from covey.store.schema import MAX_MAPPED, MAX_RELAYS, MemberCard, Ready, Revocation
 from covey.store.views import Views
 from covey.transport.control import ControlPlane
-from covey.transport.errors import TransportError
+from covey.transport.errors import LinkClosed, PeerLeft, TransportError
 from covey.transport.frame import Frame
 from covey.transport.identity import Identity, verify
 from covey.transport.membership import Swarm
 from covey.transport.mesh import Mesh
 from covey.transport.messages import Forward, JoinRequest, MembershipNotice, Welcome
 from covey.transport.peer import Peer
+from covey.transport.reach import Reach
 
 from .api.server import ApiServer
 from .catalog import Catalog, LocalModel
 from .config import NodeConfig
 from .control import Control
 from .discovery import Discovery
+from .doctor import doctor_facts, ping_facts
 from .engines import Engines
 from .epochs import Epochs
-from .errors import NotReady, RemovedFromSwarm
+from .errors import MemberUnreachable, NotReady, RemovedFromSwarm
 from .facts import member_facts, status_facts
 from .generation import Generator
-from .gossip import AWARENESS_TTL_S, Gossip
+from .gossip import Gossip
 from .home import Home
 from .members import Members
 from .membership import (
@@ -100,7 +102,6 @@ class Node:
             sign=identity.sign,
             verify=verify,
             is_member=self._is_allowed,
-            ttl_s=AWARENESS_TTL_S,
             started_ms=int(self.started_at * 1000),
         )
         clock = asyncio.get_running_loop().time
@@ -144,6 +145,7 @@ class Node:
             rng=rng,
         )
         self.removed: RemovedFromSwarm | None = None  # this node itself
+        self.reach: Reach  # made when the mesh listens
         self.switch.on_message(
             MembershipNotice, lambda _, notice, __: self.members.take_notice(notice.statements)
         )
@@ -154,6 +156,7 @@ class Node:
             self.awareness,
             clock,
             rng,
+            watched=self._plan_partners,
             state=lambda: {"epoch": self.swarm.epoch},
         )
         self.control = Control(self._make_control, on_new=self._control_replaced, rng=rng)
@@ -161,10 +164,12 @@ class Node:
             control=self.control.plane,
             mesh=self.mesh,
             views=self.views,
+            home=home,
             swarm=entry.swarm.id,
             own_peer_id=self.peer_id,
-            bootstrap=[a for member in entry.known for a in member.control_addresses],
+            known=entry.known,
             is_allowed=self._is_allowed,
+            live=self.live_peers,
             rng=rng,
             on_failed=self.epochs.dial_failed,
         )
@@ -225,16 +230,31 @@ class Node:
         """See `Service.members_facts`."""
         return member_facts(self)
 
-    def remove_member(self, member: str) -> dict[str, Any]:
+    def remove_member(self, member: str, *, with_invited: bool) -> dict[str, Any]:
         """See `Service.remove_member`."""
-        revocation = self.epochs.remove(member)
-        return {"removed": {"peer_id": revocation.member, "name": revocation.name}}
+        removals = self.epochs.remove(member, with_invited=with_invited)
+        return {"removed": [{"peer_id": said.member, "name": said.name} for said in removals]}
 
     def allow_member(self, member: str) -> dict[str, Any]:
         """See `Service.allow_member`."""
         delegation = self.members.allow(member)
         name = self.members.name_of(delegation.member)
         return {"allowed": {"peer_id": delegation.member, "name": name}}
+
+    async def doctor(self) -> dict[str, Any]:
+        """See `Service.doctor`."""
+        others = sorted(self.live_peers() - {self.peer_id})
+        names = {peer_id: self.members.name_of(peer_id) for peer_id in others}
+        return await doctor_facts(self.reach, self.mesh, names)
+
+    async def ping(self, member: str, *, count: int) -> dict[str, Any]:
+        """See `Service.ping`."""
+        peer_id = self.members.find(member)
+        try:
+            peer = await self.mesh.peer(peer_id)
+            return await ping_facts(peer, self.members.name_of(peer_id), count=count)
+        except TransportError as error:
+            raise MemberUnreachable(str(error)) from error
 
     def request_stop(self) -> None:
         """See `Service.request_stop`."""
@@ -245,6 +265,14 @@ class Node:
     async def _start(self, stack: AsyncExitStack) -> None:
         self._take_back_promises()
         await stack.enter_async_context(self.mesh)
+        self.reach = Reach(
+            self.mesh,
+            self.swarm,
+            on_change=self._reach_changed,
+            relays_for_others=self.config.relay,
+            maps_ports=self.config.map_port,
+        )
+        await stack.enter_async_context(self.reach)
         for member in self._known:
             self.mesh.learn(member.peer_id, member.addresses)
         await self.control.start()
@@ -327,13 +355,27 @@ class Node:
             memory_bytes=self.config.memory_bytes,
             version=__version__,
             started_at=self.started_at,
+            relays=self.reach.relays[:MAX_RELAYS],
+            is_reachable=self.reach.is_reachable,
+            mapped=self.reach.mapped_addresses[:MAX_MAPPED],
+            is_relay=self.config.relay and bool(self.reach.is_reachable),
         )
         self.replica.set(card.key, card.to_value())
+
+    def _reach_changed(self) -> None:
+        """What others must know to reach us is something else now."""
+        self.discovery.update_reach(
+            is_reachable=self.reach.is_reachable,
+            relays=self.reach.relays,
+            mapped=self.reach.mapped_addresses,
+        )
+        self._publish_card()
 
     async def _expire(self) -> None:
         while True:
             await asyncio.sleep(EXPIRE_S)
             self.server.expire()
+            self.reach.see(self._relays_on_offer())
             self.members.saw(self.live_peers(), unix_time=time.time())
 
     def _make_control(self) -> ControlPlane:
@@ -348,6 +390,7 @@ class Node:
     def _secret_changed(self, swarm: Swarm) -> None:
         """Hand the new secret to all that has keys of its own; the mesh has it already."""
         logger.info("keys of epoch %d are in use", swarm.epoch)
+        self.reach.use_swarm(swarm)
         self.control.follow()
 
     def _control_replaced(self, plane: ControlPlane) -> None:
@@ -366,6 +409,20 @@ class Node:
         heard = filter(self._is_allowed, self.awareness.live(self.clock()))
         return frozenset({self.peer_id, *heard})
 
+    def _relays_on_offer(self) -> dict[str, str | None]:
+        """Members that relay and are alive, and at which host."""
+        live = self.live_peers()
+        return {
+            peer_id: card.public_host
+            for peer_id, card in self.views.members().items()
+            if card.is_relay and peer_id in live and peer_id != self.peer_id
+        }
+
+    def _plan_partners(self) -> set[str]:
+        """Those who hold another stage of a plan that we hold a stage of."""
+        plans = [stage.route.plan for stage in self.server.stages.values()]
+        return {peer for plan in plans for peer in plan.peers} - {self.peer_id}
+
     def _is_allowed(self, peer_id: str) -> bool:
         """Every holder of the secret is a member, unless it was removed."""
         return self.members.is_allowed(peer_id)
@@ -381,6 +438,7 @@ class Node:
             self.request_stop()
             return
         self.discovery.forget(peer_id)
+        self.reach.drop(peer_id)
         self.server.peer_lost(peer_id)
         self.pipelines.peer_lost(peer_id)
         self.planning.wake()
@@ -392,7 +450,8 @@ class Node:
 
     def _link_down(self, peer_id: str, error: TransportError) -> None:
         logger.info("link down: %s", error, extra={"peer": peer_id[-8:]})
-        self.gossip.link_down(peer_id)
+        self.reach.link_down(peer_id)
+        self.gossip.link_down(peer_id, is_failure=not isinstance(error, LinkClosed | PeerLeft))
         self.server.peer_lost(peer_id)
         self.pipelines.peer_lost(peer_id)
         self.planning.wake()

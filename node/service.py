@@ -142,11 +142,12 @@ class Service(Protocol):
     def members_facts(self) -> dict[str, Any]:
         """JSON facts: who is in the swarm, who was removed and by whom."""
 
-    def remove_member(self, member: str) -> dict[str, Any]:
+    def remove_member(self, member: str, *, with_invited: bool) -> dict[str, Any]:
         """Remove a member for good; the facts of what was done.
 
         Args:
             member: name, peer id, or the last characters of one.
+            with_invited: those too that are in only by its word.
 
         Raises:
             InvalidRequest: none or several are called so, or it cannot be removed.
@@ -155,6 +156,17 @@ class Service(Protocol):
 
     def allow_member(self, member: str) -> dict[str, Any]:
         """Let a member remove others; only the founder may. Arguments and errors as above."""
+
+    async def doctor(self) -> dict[str, Any]:
+        """JSON facts: the NAT in the way, what could be changed, how members are reached."""
+
+    async def ping(self, member: str, *, count: int) -> dict[str, Any]:
+        """JSON facts: what carries the link to a member, round trips, loss, throughput.
+
+        Raises:
+            InvalidRequest: none or several are called so.
+            MemberUnreachable: there is no link to it, and none can be made.
+        """
 
     def request_stop(self) -> None:
         """Ask the node to stop gracefully."""

@@ -16,6 +16,8 @@ from msgspec import Meta
 from .envelope import AuthorId, Signature
 from .errors import RecordMalformed
 
+MAX_RELAYS = 4  # that a member behind a NAT can be reached through
+MAX_MAPPED = 4
 MAX_BLOCKS = 1024  # the deepest model known has 126
 # A rotation has to fit into one value: 256 copies take 43 KiB in JSON, 256 names 14 KiB.
 MAX_REMOVED = 256
@@ -86,11 +88,23 @@ class MemberCard(Record, frozen=True, kw_only=True):
     memory_bytes: NBytes | None  # None: not limited by its owner
     version: Annotated[str, Meta(max_length=32)]
     started_at: UnixSeconds
+    relays: Annotated[tuple[AuthorId, ...], Meta(max_length=MAX_RELAYS)] = ()  # best first
+    is_reachable: bool | None = None  # at `addresses`, as members found out; None: nobody knows
+    mapped: Annotated[tuple[Address, ...], Meta(max_length=MAX_MAPPED)] = ()  # its router forwards
+    is_relay: bool = False  # it can be dialled by anybody, and relays for others
+
+    @property
+    def public_host(self) -> str | None:
+        """The host under which others know it first; two members that share it share a site."""
+        first = next(iter((*self.mapped, *self.addresses)), None)
+        return None if first is None else first.rpartition(":")[0].strip("[]")
 
     def __post_init__(self) -> None:
         """Check what types cannot say."""
-        for address in self.addresses:
+        for address in (*self.addresses, *self.mapped):
             _check_endpoint(address)
+        if self.peer_id in self.relays or len(set(self.relays)) != len(self.relays):
+            raise ValueError("a relay is the member itself, or named twice")
 
 
 class BlobEntry(msgspec.Struct, frozen=True, array_like=True):

@@ -1,9 +1,10 @@
 """Anti-entropy over one link: two replicas tell each other what they hold and send the rest.
 
-Sans-IO: bytes in, bytes out, no clock. A *hello* carries a state vector. Whoever gets one sends
+Sans-IO: bytes in, bytes out, no clock. A *summary* is a digest of what its sender holds; whoever
+holds something else says hello. A *hello* carries a state vector. Whoever gets one sends
 *batches* of the envelopes that the other lacks and, where it lacks something itself, a hello of its
 own; whoever got something new from a batch marked last says hello again. That ends when there is
-nothing new. Any message may be lost, doubled or late, if hello is repeated now and then.
+nothing new. Any message may be lost, doubled or late, if the summary is repeated now and then.
 
 A message is a version byte and a tagged msgpack array, at most 256 KiB; the work for one is
 bounded by 128 envelopes received, or 1 MiB sent.
@@ -11,6 +12,7 @@ bounded by 128 envelopes received, or 1 MiB sent.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from typing import Annotated, TypeAlias
 
@@ -23,6 +25,7 @@ from .replica import Replica
 from .state_vector import MAX_VECTOR_BYTES
 
 FORMAT_VERSION = 1
+DIGEST_BYTES = 16
 MAX_MESSAGE_BYTES = 256 * 1024
 MAX_ENVELOPES_PER_BATCH = 128  # 30 ms: 230 us each to verify, apply and store (2-core x86)
 MAX_REPLY_BYTES = 1024 * 1024  # sent for one hello; more needs another
@@ -31,6 +34,14 @@ _BATCH_OVERHEAD_BYTES = 32
 _ENVELOPE_OVERHEAD_BYTES = 5  # msgpack head of a byte string
 
 _EnvelopeBytes: TypeAlias = Annotated[bytes, Meta(max_length=MAX_ENVELOPE_BYTES)]
+
+
+class Summary(
+    msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="summary"
+):
+    """A digest of the sender's state vector, which itself takes seventy bytes a member."""
+
+    digest: Annotated[bytes, Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="hello"):
@@ -55,8 +66,12 @@ class SyncSession:
         self._got_new = False  # since the last batch marked as last
         self._turn = 0
 
-    def hello(self) -> bytes:
+    def summary(self) -> bytes:
         """The message to begin with, and to repeat from time to time."""
+        return _encode(Summary(_digest(self._replica.state_vector())))
+
+    def hello(self) -> bytes:
+        """What we hold, in full; `receive` says it where that is needed."""
         return _encode(Hello(self._replica.state_vector(), is_answer=False))
 
     def receive(self, message: bytes) -> list[bytes]:
@@ -69,6 +84,9 @@ class SyncSession:
             StoreError: the replica could not be written to disk.
         """
         match _decode(message):
+            case Summary(digest=digest):
+                vector = self._replica.state_vector()
+                return [] if digest == _digest(vector) else [self.hello()]
             case Hello() as hello:
                 return list(self._answer(hello))
             case Batch() as batch:
@@ -114,13 +132,17 @@ def _batches(envelopes: Iterable[bytes]) -> list[Batch]:
     ]
 
 
-def _encode(message: Hello | Batch) -> bytes:
+def _digest(vector: bytes) -> bytes:
+    return hashlib.sha256(vector).digest()[:DIGEST_BYTES]
+
+
+def _encode(message: Summary | Hello | Batch) -> bytes:
     return bytes([FORMAT_VERSION]) + msgspec.msgpack.encode(message)
 
 
-def _decode(data: bytes) -> Hello | Batch:
+def _decode(data: bytes) -> Summary | Hello | Batch:
     body = versioned_body(data, version=FORMAT_VERSION, max_bytes=MAX_MESSAGE_BYTES)
     try:
-        return msgspec.msgpack.decode(body, type=Hello | Batch)
+        return msgspec.msgpack.decode(body, type=Summary | Hello | Batch)
     except ValueError as error:
         raise UpdateRejected(RejectReason.MALFORMED, "not a sync message") from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from ipaddress import ip_address
@@ -30,6 +30,7 @@ BOOTSTRAP_DEADLINE_S = 15.0  # 5 s a dial, 5 s to become known; eight at once
 ANNOUNCE_DEADLINE_S = 20.0
 LOOKUP_DEADLINE_S = 15.0
 DISCOVER_DEADLINE_S = 30.0
+MODE_DEADLINE_S = 5.0
 MAX_BOOTSTRAP_ADDRESSES = 64
 
 R = TypeVar("R")
@@ -144,7 +145,7 @@ class ControlPlane:
 
         Raises:
             RecordRejected: not ours, or not a record that others would take.
-            ControlError: we have published one with a higher sequence.
+            RecordOutdated: we have published one with a higher sequence.
         """
         value = self.sign(record)
         PeerRecord.decode_and_verify(value, swarm=self._swarm, now=time.time())
@@ -161,12 +162,24 @@ class ControlPlane:
             return None
         return await self._call("lookup", LOOKUP_DEADLINE_S, lambda n: n.lookup(peer_id))
 
-    async def discover(self) -> list[PeerRecord]:
+    async def discover(self, known: Collection[str] = ()) -> list[PeerRecord]:
         """The valid records of all members that can be found, by peer id, without our own.
 
         A record says where its member was, not that it lives.
+
+        Args:
+            known: peers whose records are not worth asking for.
         """
-        return await self._call("discover", DISCOVER_DEADLINE_S, lambda n: n.discover())
+        passed_over = frozenset(known)
+        return await self._call("discover", DISCOVER_DEADLINE_S, lambda n: n.discover(passed_over))
+
+    async def set_reachable(self, *, is_reachable: bool) -> None:
+        """Say whether others can dial us, as soon as that is known.
+
+        A member that cannot be dialled asks the DHT and publishes in it, but holds nothing for
+        others: they would wait for it in vain.
+        """
+        await self._call("mode", MODE_DEADLINE_S, lambda n: n.set_serving(is_serving=is_reachable))
 
     def on_discovered(self, callback: Callable[[str, tuple[str, ...]], None]) -> None:
         """Call `callback(peer_id, multiaddrs)` on this loop for each member that mDNS finds.

@@ -7,10 +7,8 @@ py-libp2p 0.8.1 does that Covey does not want is put right here, each at the pla
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
-import socket
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -18,18 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import trio
 import varint  # type: ignore[import-untyped]
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
 from libp2p.kad_dht.common import BUCKET_SIZE, PROTOCOL_ID
-from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
+from libp2p.kad_dht.kad_dht import DHTMode
 from libp2p.kad_dht.pb.kademlia_pb2 import Message
 from libp2p.network.config import RetryConfig
 from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStore
-from libp2p.records.validator import NamespacedValidator, Validator
+from libp2p.records.validator import NamespacedValidator
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
@@ -40,15 +37,20 @@ from libp2p.transport.upgrader import TransportUpgrader
 from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 from multiaddr import Multiaddr
 
+from .control_dht import DhtValidator, QuietDht
+from .control_listen import check_free, dialable, listen_address
+from .control_lookup import Search
 from .control_records import (
     ControlError,
     PeerRecord,
+    RecordOutdated,
     RecordRule,
     record_key,
 )
 from .control_swarm import (
     DIAL_DEADLINE_S,
     FAILURES,
+    MAX_DIALS,
     BoundedHost,
     BoundedSwarm,
     connection_config,
@@ -65,6 +67,9 @@ ADDRESS_TTL_S = 24 * 3600  # libp2p's own 120 s forgets how to dial a peer that 
 MAX_ANSWER_BYTES = 256 * 1024
 MAX_CANDIDATES = 256
 N_NEAR = 3  # peers asked for a record before a full lookup
+ENOUGH_S = 0.3  # after the first good answer, for better ones
+N_HOLDERS = 6  # peers that hold a record; libp2p's 20 cost more than they are worth in our sizes
+N_ASKED_AT_ONCE = 3
 
 logger = logging.getLogger(__name__)
 
@@ -89,15 +94,16 @@ async def open_node(settings: NodeSettings) -> AsyncIterator[ControlNode]:
     """
     _quieten()
     for host in settings.listen:
-        _check_free(host, settings.port)
+        check_free(host, settings.port)
     node = ControlNode(settings)
-    listen = [_listen_address(host, settings.port) for host in settings.listen]
+    listen = [listen_address(host, settings.port) for host in settings.listen]
     async with node.host.run(listen_addrs=listen):
         if len(node.swarm.listeners) != len(listen):  # libp2p is content with one of them
             raise ControlError(f"cannot listen on all of {', '.join(settings.listen)}")
         node.host.get_addrs()  # fills `node.addresses`, now that the ports are known
         # It dials known peers at random, up to a hundred of them, every 30 s. Covey decides that.
         await node.swarm.auto_connector.stop()
+        node.swarm.manager.run_daemon_task(node.swarm.close_idle)
         async with background_trio_service(node.dht):
             try:
                 yield node
@@ -139,16 +145,31 @@ class ControlNode:
             addrs_factory=self._advertise,
             disable_identify_address_discovery=True,  # a member could plant false ones
         )
-        self.dht = KadDHT(
+        self.dht = QuietDht(
             self.host,
             DHTMode.SERVER,
             validator=NamespacedValidator(
-                {"covey": _DhtValidator(self._rule)}, strict_validation=True
+                {"covey": DhtValidator(self._rule)}, strict_validation=True
             ),
             validator_changed=True,  # no "pk" and "ipns", which anybody may write
             strict_validation=True,  # else keys of other namespaces are stored unchecked
             max_peers_per_subnet=0,  # several members behind one router are the rule here
         )
+
+        self.dht.rule = self._rule
+        self.host.on_identified = self.dht.add_peer
+
+    async def set_serving(self, *, is_serving: bool) -> None:
+        """Answer questions of the DHT from now on, or not; `KadDHT.switch_mode` forgets all."""
+        await trio.lowlevel.checkpoint()
+        if is_serving == (self.dht.mode is DHTMode.SERVER):
+            return
+        if is_serving:
+            self.dht.mode = DHTMode.SERVER
+            self.host.set_stream_handler(PROTOCOL_ID, self.dht.handle_stream)
+        else:
+            self.dht.mode = DHTMode.CLIENT
+            self.host.remove_stream_handler(PROTOCOL_ID)
 
     async def bootstrap(self, addresses: Sequence[str]) -> int:
         """Dial the peers behind `addresses` at once; the number of them that are connected now.
@@ -173,7 +194,7 @@ class ControlNode:
             self.swarm.forget_failure(peer)
             try:
                 await self.swarm.dial_peer(peer)
-                await self.dht.add_peer(peer, skip_server_mode_check=True)
+                await self.dht.routing_table.add_peer(peer, skip_server_mode_check=True)
                 joined.append(peer)
             except FAILURES as error:
                 logger.debug("bootstrap in vain", extra={"peer": str(peer)[-8:], "error": error})
@@ -184,35 +205,55 @@ class ControlNode:
         await each(known.items(), lambda item: join(*item), at_once=max(1, len(known)))
         if joined:
             with trio.move_on_after(DIAL_DEADLINE_S):
-                await self.dht.peer_routing.find_closest_peers_network(self.own_id.to_bytes())
+                await self._closest(self.own_id.to_bytes(), N_HOLDERS)
         return len(joined)
 
     async def announce(self, record: PeerRecord, value: bytes) -> None:
         """Store our record at the peers closest to its key, and provide the rendezvous key.
 
         Raises:
-            ControlError: a record of ours with a higher sequence stands there.
+            RecordOutdated: a record of ours with a higher sequence stands there.
         """
         key = record_key(record.swarm, record.peer_id)
         held = self._held(key)
         best = self._rule.best(key, [*held, value])
         if best is None or best[0] != len(held):
-            raise ControlError("a newer record of this node is published: use a higher sequence")
-        await self.dht.put_value(key, value)
-        await self.dht.provider_store.provide(self._rendezvous)
+            raise RecordOutdated(best[1].sequence if best else 0)
+        self.dht.value_store.put(key.encode(), value)
+        put = Message(type=Message.MessageType.PUT_VALUE, key=key.encode())
+        put.record.key, put.record.value = key.encode(), value
+        holders, n_taken = await self._tell_closest(key.encode(), put)
+        if holders and not n_taken:  # they refuse what is older than what they hold
+            newest = await self._fetch(key, holders)
+            if newest is not None and newest.sequence > record.sequence:
+                raise RecordOutdated(newest.sequence)
+        provide = Message(type=Message.MessageType.ADD_PROVIDER, key=self._rendezvous)
+        own = [address.to_bytes() for address in self.host.get_addrs()[:MAX_DIALS]]
+        provide.providerPeers.add(id=self.own_id.to_bytes(), addrs=own)
+        await self._tell_closest(self._rendezvous, provide)
 
     async def lookup(self, peer_id: str) -> PeerRecord | None:
-        """The newest record of a peer that the members closest to its key know."""
-        key = record_key(self._rule.swarm, peer_id)
-        return await self._fetch(key, await self._closest(key.encode()))
+        """The newest record of a peer that the members closest to its key know.
 
-    async def discover(self) -> list[PeerRecord]:
-        """The records of all members that can be found, without our own.
+        Those that we know to be near are asked first: when they are not the closest of all, one
+        of them is among the holders all the same. Last the peer itself, should it be reachable:
+        it may have published when there were too few to hold it for others.
+        """
+        key = record_key(self._rule.swarm, peer_id)
+        near = self.dht.routing_table.find_local_closest_peers(key.encode(), N_NEAR)
+        return (
+            await self._fetch(key, near)
+            or await self._fetch(key, await self._closest(key.encode()))
+            or await self._fetch(key, [ID.from_base58(peer_id)])
+        )
+
+    async def discover(self, known: frozenset[str]) -> list[PeerRecord]:
+        """The records of all members that can be found, without our own and those of `known`.
 
         Candidates are the providers of the rendezvous key, of which a peer remembers 20, and
         everyone in the routing table: the pre-shared key lets nobody else into that.
         """
-        closest = await self._closest(self._rendezvous)
+        closest = await self._closest(self._rendezvous, N_HOLDERS)
         found = {info.peer_id for info in self.dht.provider_store.get_providers(self._rendezvous)}
         request = Message(type=Message.MessageType.GET_PROVIDERS, key=self._rendezvous)
 
@@ -224,7 +265,7 @@ class ControlNode:
         with trio.move_on_after(PHASE_DEADLINE_S):
             await each(closest, collect)
         found.update(self.dht.routing_table.get_peer_ids(), self.host.get_connected_peers())
-        found.discard(self.own_id)
+        found = {peer for peer in found if str(peer) not in known and peer != self.own_id}
         records: dict[str, PeerRecord] = {}
 
         async def fetch(peer: Any) -> None:
@@ -242,12 +283,27 @@ class ControlNode:
             await each(sorted(found, key=ID.to_bytes)[:MAX_CANDIDATES], fetch)
         return [records[peer_id] for peer_id in sorted(records)]
 
-    async def _closest(self, key: bytes) -> list[Any]:
-        """Up to 20 peers, those closest to `key` first."""
-        closest = self.dht.routing_table.find_local_closest_peers(key, BUCKET_SIZE)
-        with trio.move_on_after(PHASE_DEADLINE_S):
-            closest = await self.dht.peer_routing.find_closest_peers_network(key, BUCKET_SIZE)
-        return list(closest)
+    async def _closest(self, key: bytes, n_wanted: int = BUCKET_SIZE) -> list[Any]:
+        """The peers closest to `key` that can be found, closest first."""
+        start = self.dht.routing_table.find_local_closest_peers(key, BUCKET_SIZE)
+        if len(start) < N_ASKED_AT_ONCE:
+            start = [*start, *self.host.get_connected_peers()]
+        search = Search(key, map(ID.to_bytes, start), n_wanted=n_wanted)
+        request = Message(type=Message.MessageType.FIND_NODE, key=key)
+
+        async def ask_on() -> None:
+            while (peer := search.take()) is not None:
+                answer = await self._ask(ID(peer), request)
+                if answer is None:
+                    search.failed(peer)
+                else:
+                    search.answered(peer, await self.dht.take_in(answer))
+                if search.is_done:  # whoever has not answered yet is not waited for
+                    scope.cancel()
+
+        with trio.move_on_after(PHASE_DEADLINE_S) as scope:
+            await each(range(N_ASKED_AT_ONCE), lambda _: ask_on())
+        return [ID(peer) for peer in search.closest()]
 
     def _near(self, key: str, owner: Any) -> list[Any]:
         """Whom to ask first for a record: connected peers close to the key, and its owner."""
@@ -268,11 +324,26 @@ class ControlNode:
             answer = await self._ask(peer, request)
             if answer is not None and answer.HasField("record"):
                 values.append(answer.record.value)
+                if self._rule.best(key, values[-1:]):
+                    scope.deadline = min(scope.deadline, trio.current_time() + ENOUGH_S)
 
-        with trio.move_on_after(PHASE_DEADLINE_S):
+        with trio.move_on_after(PHASE_DEADLINE_S) as scope:
             await each(peers, collect)
         best = self._rule.best(key, values)
         return best[1] if best else None
+
+    async def _tell_closest(self, key: bytes, message: Any) -> tuple[list[Any], int]:
+        """Have the members closest to a key take something in; who they are, how many took it."""
+        holders = (await self._closest(key, N_HOLDERS))[:N_HOLDERS]
+        took: list[Any] = []
+
+        async def tell(peer: Any) -> None:
+            if await self._ask(peer, message) is not None:
+                took.append(peer)
+
+        with trio.move_on_after(PHASE_DEADLINE_S):
+            await each(holders, tell)
+        return holders, len(took)
 
     def _held(self, key: str) -> list[bytes]:
         held = self.dht.value_store.get(key.encode())
@@ -281,7 +352,24 @@ class ControlNode:
     async def _ask(self, peer: Any, request: Any) -> Any | None:
         """One question of the Kademlia protocol; None if there is no good answer in time.
 
-        Our own, since `find_providers` and `get_value` answer from what is held here, and store
+        Who asks may be cancelled, the question is not: half a Noise frame on the wire would make
+        its connection useless to everybody, and silently so.
+        """
+        done = trio.Event()
+        answers: list[Any | None] = []
+
+        async def ask() -> None:
+            try:
+                answers.append(await self._exchange(peer, request))
+            finally:
+                done.set()
+
+        self.swarm.manager.run_task(ask)
+        await done.wait()
+        return answers[0] if answers else None
+
+    async def _exchange(self, peer: Any, request: Any) -> Any | None:
+        """Our own, since `find_providers` and `get_value` answer from what is held here, and store
         foreign provider entries with a new date, so that those of the dead would never expire.
         """
         if peer == self.own_id:
@@ -320,65 +408,6 @@ class ControlNode:
             self._advertised = (now + 30.0, texts, result)
             self.addresses = tuple(f"{text}/p2p/{self.own_id}" for text in expanded)
         return result
-
-
-class _DhtValidator(Validator):  # type: ignore[misc]  # libp2p is not followed by mypy
-    """`RecordRule` as libp2p asks for it."""
-
-    def __init__(self, rule: RecordRule) -> None:
-        self._rule = rule
-
-    def validate(self, key: str, value: bytes) -> None:
-        self._rule.validate(key, value)
-
-    def select(self, key: str, values: list[bytes]) -> int:
-        best = self._rule.best(key, values)
-        if best is None:
-            raise ValueError("none of the values may stand under this key")
-        return best[0]
-
-
-def dialable(address: str) -> list[str]:
-    """A multiaddr /ip4|ip6/.../tcp/... that we listen on, as others may dial it.
-
-    "Any address" becomes those of the interfaces; loopback only if there is no other.
-    """
-    _, protocol, host, rest = address.split("/", 3)
-    if host not in ("0.0.0.0", "::"):  # noqa: S104 - compared, not bound
-        return [address]
-    family = socket.AF_INET if protocol == "ip4" else socket.AF_INET6
-    hosts = sorted(
-        entry.address
-        for entries in psutil.net_if_addrs().values()
-        for entry in entries
-        if entry.family == family and not entry.address.startswith(("169.254.", "fe80:"))
-    )
-    remote = [host for host in hosts if not host.startswith("127.") and host != "::1"]
-    return [f"/{protocol}/{host}/{rest}" for host in remote or hosts]
-
-
-def _listen_address(host: str, port: int) -> Any:
-    return Multiaddr(f"/{'ip6' if ':' in host else 'ip4'}/{host}/tcp/{port}")
-
-
-def _check_free(host: str, port: int) -> None:
-    """Refuse a port that another program listens on.
-
-    libp2p binds with SO_REUSEPORT, so two nodes of one user would share the port without a word
-    and each would get half of the connections.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-            probe.listen(1)
-        except OSError as error:
-            in_use = error.errno == errno.EADDRINUSE
-            advice = "; stop the other program or choose another --port" if in_use else ""
-            raise ControlError(
-                f"cannot listen on {host} port {port}: {error.strerror or error}{advice}"
-            ) from error
 
 
 def _quieten() -> None:

@@ -23,6 +23,8 @@ from .identity import Identity, verify
 
 MAX_RECORD_BYTES = 4096
 MAX_ADDRESSES = 16
+MAX_RELAYS = 4
+MAX_MAPPED = 4
 MAX_LIFETIME_S = 30 * 24 * 3600  # a bound, not advice; the DHT itself forgets values after a day
 
 _SIGNED_AS = b"covey peer record 1\0"
@@ -44,6 +46,17 @@ class RecordRejected(ControlError):
     def __init__(self, reason: str) -> None:
         super().__init__(f"peer record refused: {reason}")
         self.reason = reason
+
+
+class RecordOutdated(ControlError):
+    """A record of ours with a higher sequence is published; `.sequence` is that one's.
+
+    From an earlier life with a clock that was ahead, say: publish with a higher one.
+    """
+
+    def __init__(self, sequence: int) -> None:
+        super().__init__("a newer record of this node is published: use a higher sequence")
+        self.sequence = sequence
 
 
 def record_key(swarm: str, peer_id: str) -> str:
@@ -69,6 +82,13 @@ class PeerRecord:
     """Grows with every record of this peer, also across restarts."""
     expires_at: Annotated[int, Meta(ge=0, le=(1 << 53) - 1)]
     """Unix seconds; from then on nobody may believe it."""
+    relays: Annotated[tuple[_PeerIdText, ...], Meta(max_length=MAX_RELAYS)] = ()
+    """Members that pass links on to this one, best first. Older versions leave it out, and do not
+    read it."""
+    is_reachable: bool | None = None
+    """Whether others can dial `addresses`, as members found out; None if nobody knows."""
+    mapped: Annotated[tuple[_AddressText, ...], Meta(max_length=MAX_MAPPED)] = ()
+    """Where a router forwards to it; as `addresses`."""
 
     def sign(self, private_key: bytes) -> bytes:
         """Encode and sign with the raw 32-byte Ed25519 seed of `peer_id`.
@@ -158,7 +178,9 @@ def _decode_payload(payload: bytes) -> PeerRecord:
         raise RecordRejected(str(error)) from error
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise RecordRejected("malformed payload") from error
-    for address in record.addresses:
+    if record.peer_id in record.relays or len(set(record.relays)) != len(record.relays):
+        raise RecordRejected("a relay that is its own peer, or named twice")
+    for address in (*record.addresses, *record.mapped):
         host, _, port = address.rpartition(":")
         bracketed = host.startswith("[") and host.endswith("]")
         _check_endpoint(host[1:-1] if bracketed else host, port, version=6 if bracketed else 4)

@@ -6,6 +6,7 @@ Belongs to `control_node.py` and to the trio thread.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 import trio
@@ -26,6 +27,10 @@ STREAM_DEADLINE_S = 3.0  # for one round trip on an open connection
 MAX_CONNECTIONS = 256
 MAX_DIALS = 16  # addresses of one peer, tried at once
 N_AT_ONCE = 8
+# A connection that nobody uses costs a yamux ping each way every 30 s, and a node comes to know
+# everybody. The dialler closes first, so that the two ends seldom close on each other's question.
+IDLE_S = (20.0, 40.0)  # since its last stream, at the end that dialled and at the other
+SWEEP_S = 5.0
 
 # What a peer or the network can make libp2p raise. Anything else is a bug and is reported as one.
 FAILURES = (
@@ -48,10 +53,33 @@ class BoundedSwarm(Swarm):  # type: ignore[misc]  # libp2p is not followed by my
         super().__init__(*args, **kwargs)
         self._dialling: dict[Any, trio.Event] = {}
         self._in_vain: dict[Any, tuple[float, float]] = {}  # peer: (cool-off, until)
+        self._used_at: dict[Any, float] = {}  # by peer with a connection
 
     def forget_failure(self, peer_id: Any) -> None:
         """Let the next `dial_peer` try at once."""
         self._in_vain.pop(peer_id, None)
+
+    def used(self, peer_id: Any) -> None:
+        """A question goes to or comes from a peer: keep its connection for a while."""
+        self._used_at[peer_id] = trio.current_time()
+
+    async def close_idle(self) -> None:
+        """Close connections that nobody uses, until cancelled."""
+        while True:
+            await trio.sleep(SWEEP_S)
+            now = trio.current_time()
+            connections = self.get_connections_map()
+            self._used_at = {peer: self._used_at.get(peer, now) for peer in connections}
+            for peer, open_now in connections.items():
+                idle_s = now - self._used_at[peer]
+                for conn in open_now:
+                    is_ours = bool(getattr(conn.muxed_conn, "is_initiator", False))
+                    if idle_s > IDLE_S[0 if is_ours else 1]:
+                        self.manager.run_task(self._close_quietly, conn)
+
+    async def _close_quietly(self, conn: INetConn) -> None:
+        with trio.move_on_after(DIAL_DEADLINE_S), suppress(*FAILURES):
+            await conn.close()
 
     async def dial_peer(self, peer_id: Any) -> list[INetConn]:
         """A connection to a peer, the one there is or a new one within DIAL_DEADLINE_S.
@@ -120,6 +148,7 @@ class BoundedSwarm(Swarm):  # type: ignore[misc]  # libp2p is not followed by my
         """
         muxed = await super().upgrade_inbound_raw_conn(raw_conn, maddr)
         self.forget_failure(muxed.peer_id)
+        self.used(muxed.peer_id)
         await self._close_after(muxed, raw_conn)
         raise SwarmException("the connection has ended")
 
@@ -143,6 +172,9 @@ class BoundedSwarm(Swarm):  # type: ignore[misc]  # libp2p is not followed by my
 class BoundedHost(BasicHost):  # type: ignore[misc]  # libp2p is not followed by mypy
     """libp2p's host, which finds out about a peer that went to sleep with its connection open."""
 
+    on_identified: Callable[[Any], Awaitable[bool]] | None = None
+    """Awaited with the id of each peer that has told which protocols it speaks."""
+
     async def new_stream(self, peer_id: Any, protocol_ids: Any) -> INetStream:
         """A stream to a peer, which is dialled if need be.
 
@@ -150,13 +182,27 @@ class BoundedHost(BasicHost):  # type: ignore[misc]  # libp2p is not followed by
             SwarmException: it cannot be reached, or did not answer within STREAM_DEADLINE_S; then
                 its connections are ended, or each question would wait for it all over again.
         """
-        await self.get_network().dial_peer(peer_id)
+        swarm = self.get_network()
+        was_open = any(not conn.is_closed for conn in swarm.get_connections(peer_id))
+        await swarm.dial_peer(peer_id)
+        swarm.used(peer_id)
         try:
             with trio.fail_after(STREAM_DEADLINE_S):
                 return await super().new_stream(peer_id, protocol_ids)
-        except (StreamFailure, trio.TooSlowError) as error:
-            self.get_network().give_up(peer_id)
+        except (StreamFailure, SwarmException, trio.TooSlowError) as error:
+            is_gone = all(conn.is_closed for conn in swarm.get_connections(peer_id))
+            if was_open and is_gone:  # the other end closed it in that very moment
+                return await self.new_stream(peer_id, protocol_ids)
+            swarm.give_up(peer_id)
+            # It may have changed: ask anew what it speaks when it comes by itself.
+            with suppress(*FAILURES):
+                self.get_peerstore().clear_protocol_data(peer_id)
             raise SwarmException(f"peer {peer_id} does not answer") from error
+
+    async def _identify_peer(self, peer_id: Any, *, reason: str) -> None:
+        await super()._identify_peer(peer_id, reason=reason)
+        if self.on_identified is not None:
+            await self.on_identified(peer_id)
 
 
 async def each(
@@ -199,7 +245,11 @@ def connection_config() -> Any:
 def _dial_order(addresses: Iterable[Any]) -> list[Any]:
     """Plain TCP addresses; loopback ones only if a peer has no others, for they may lead to us."""
     texts = {str(address): address for address in addresses}
-    tcp = {text: address for text, address in texts.items() if "/tcp/" in text}
+    tcp = {  # no names: a member could make others ask a DNS server of its choice
+        text: address
+        for text, address in texts.items()
+        if text.startswith(("/ip4/", "/ip6/")) and "/tcp/" in text
+    }
     plain = {
         text: address
         for text, address in tcp.items()

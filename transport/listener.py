@@ -146,8 +146,9 @@ class Listener:
     async def _accept(self, listening: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
+            await asyncio.sleep(0)  # a flood must not keep everything else from happening
             try:
-                connection, address = await loop.sock_accept(listening)
+                connection, address = await _accept_one(listening)
             except OSError:
                 # Out of file handles, or the connection was gone before we took it.
                 await asyncio.sleep(_OUT_OF_FILES_S)
@@ -157,10 +158,16 @@ class Listener:
                 self._refuse(connection, host, "too many connections")
                 continue
             if len(self._silent) >= MAX_SILENT:
-                self._silent.popitem(last=False)[1].cancel()
-            screening = self._screen(connection, (host, int(address[1])))
-            self._silent[connection] = self._tasks.spawn(screening, "screen")
-            await asyncio.sleep(0)  # it begins, and from then on closes what it was given
+                next(iter(self._silent.values())).cancel()
+            source = (host, int(address[1]))
+            screening = self._tasks.spawn(self._screen(connection, source), "screen")
+            self._silent[connection] = screening
+            screening.add_done_callback(lambda _, silent=connection: self._end(silent))  # type: ignore[misc]
+
+    def _end(self, connection: socket.socket) -> None:
+        """Close a connection that was silent to the end, even if its screening never began."""
+        if self._silent.pop(connection, None) is not None:
+            connection.close()
 
     async def _screen(self, connection: socket.socket, source: tuple[str, int]) -> None:
         host = source[0]
@@ -190,7 +197,7 @@ class Listener:
         finally:
             self._n_half_open -= is_counted
             if is_ours:
-                self._silent.pop(connection, None)
+                self._end(connection)
                 connection.close()
 
     def _refuse(self, connection: socket.socket, host: str, reason: str) -> None:
@@ -238,6 +245,26 @@ def _bind(host: str, port: int) -> socket.socket:
         ) from error
     listening.setblocking(False)
     return listening
+
+
+async def _accept_one(listening: socket.socket) -> tuple[socket.socket, tuple[str, int]]:
+    """The next connection; `loop.sock_accept` would lose one that comes as it is cancelled."""
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            return listening.accept()
+        except BlockingIOError:
+            readable: asyncio.Future[None] = loop.create_future()
+        loop.add_reader(listening, _wake, readable)
+        try:
+            await readable
+        finally:
+            loop.remove_reader(listening)
+
+
+def _wake(waiting: asyncio.Future[None]) -> None:
+    if not waiting.done():
+        waiting.set_result(None)
 
 
 async def _receive_exactly(connection: socket.socket, nbytes: int) -> bytes:

@@ -38,6 +38,7 @@ class Liveness:
         self.srtt_s: float | None = None
         self._rttvar_s = 0.0
         self._heard_at = now
+        self._spoke_at = now
         self._pinged_at = now
         self._used_at = now
         self._peer_pinged_at = float("-inf")
@@ -54,13 +55,13 @@ class Liveness:
 
     def heard(self, *, now: float) -> None:
         """Bytes came, of whatever kind."""
-        self._heard_at = now
+        self._heard_at = self._spoke_at = now
 
     def moved(self, *, now: float) -> None:
         """The link goes another way from now on: its times are to be measured anew."""
         self.srtt_s, self._rttvar_s = None, 0.0
         self._heard_at = now
-        self._pinged_at = now - self.rules.idle_ping_s  # ask at once
+        self._pinged_at = self._spoke_at = now - self.rules.idle_ping_s  # ask at once
 
     def used(self, *, now: float) -> None:
         """A frame that was no heartbeat went either way."""
@@ -105,8 +106,10 @@ class Liveness:
         return min(self._suspect_at(), self._ping_at(), self._close_at())
 
     def _ping_at(self) -> float:
-        is_busy = self._busy_since is not None
-        return self._pinged_at + (self.rules.busy_ping_s if is_busy else self.rules.idle_ping_s)
+        if self._busy_since is not None:
+            return self._pinged_at + self.rules.busy_ping_s
+        # Whatever else is said on an idle link is as good a sign of life.
+        return max(self._pinged_at, self._spoke_at) + self.rules.idle_ping_s
 
     def _suspect_at(self) -> float:
         if self._busy_since is not None:

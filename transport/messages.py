@@ -172,6 +172,7 @@ class NatCard(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     tcp: NatKindName
     port: Port
     is_reachable: bool
+    reachable_hosts: Annotated[list[IpAddress], Meta(max_length=4)] = []
     public_hosts: Annotated[list[IpAddress], Meta(max_length=4)]
     mapped_addresses: Annotated[list[Address], Meta(max_length=4)]
     lan_hosts: Annotated[list[IpAddress], Meta(max_length=16)]

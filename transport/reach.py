@@ -106,13 +106,20 @@ class Reach:
     # --- what to announce --------------------------------------------------------------------
 
     @property
+    def peer_id(self) -> str:
+        """Whose reach it is."""
+        return self._mesh.peer_id
+
+    @property
     def facts(self) -> NatFacts:
         """What is known of the NAT in the way."""
         return self.nat.facts
 
     @property
-    def is_reachable(self) -> bool:
-        """Whether members anywhere can dial this node, so that it can relay for others."""
+    def is_reachable(self) -> bool | None:
+        """Whether members anywhere can dial this node, so that it can relay; None: unknown."""
+        if not self.facts.n_observers:
+            return None
         return self.facts.is_reachable or bool(self.facts.mapped_addresses)
 
     @property
@@ -148,8 +155,7 @@ class Reach:
     # --- inside ------------------------------------------------------------------------------
 
     def _facts_changed(self, facts: NatFacts) -> None:
-        is_needed = facts.n_observers > 0 and not self.is_reachable
-        self.holder.need(is_needed=is_needed)
+        self.holder.need(is_needed=self.is_reachable is False)
         self._tell()
 
     def _path_changed(self, peer: Peer) -> None:
@@ -188,7 +194,7 @@ class Reach:
         return await self.client.open(peer_id, relay, deadline_s=RELAY_S)
 
     async def _came_through_relay(self, connection: socket.socket, origin: str) -> None:
-        await self._mesh.admit_relayed(connection)
+        await self._mesh.reception.admit_relayed(connection)
 
     def _answer_host(self, peer: Peer, frame: Frame) -> None:
         if not isinstance(frame.message, HostRequest) or frame.request is None:

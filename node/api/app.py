@@ -4,7 +4,7 @@
     /v1/chat/completions, /v1/completions       text
     /health                                     for load balancers, never needs a key
     /metrics                                    Prometheus
-    /covey/status, plan, invite, members, stop  for the CLI; always need the control key
+    /covey/status, plan, invite, members, ...   for the CLI; always need the control key
 
 The control key opens everything: whoever can read the node's home owns the node.
 """
@@ -36,6 +36,8 @@ from .requests import (
     CompletionRequest,
     InviteRequest,
     MemberRequest,
+    PingRequest,
+    RemovalRequest,
     field_name,
     parse,
 )
@@ -197,8 +199,9 @@ async def members(request: Request) -> Response:
 @control_routes.post("/members/remove")
 async def remove_member(request: Request) -> Response:
     """Remove a member for good."""
-    asked = parse(MemberRequest, await read_body(request))
-    return JSONResponse(state_of(request.app).service.remove_member(asked.member))
+    asked = parse(RemovalRequest, await read_body(request))
+    service = state_of(request.app).service
+    return JSONResponse(service.remove_member(asked.member, with_invited=asked.with_invited))
 
 
 @control_routes.post("/members/allow")
@@ -206,6 +209,20 @@ async def allow_member(request: Request) -> Response:
     """Let a member remove others."""
     asked = parse(MemberRequest, await read_body(request))
     return JSONResponse(state_of(request.app).service.allow_member(asked.member))
+
+
+@control_routes.get("/doctor")
+async def doctor(request: Request) -> Response:
+    """What stands between this node and the others; takes some seconds."""
+    return JSONResponse(await state_of(request.app).service.doctor())
+
+
+@control_routes.post("/ping")
+async def ping(request: Request) -> Response:
+    """The link to a member, measured."""
+    asked = parse(PingRequest, await read_body(request))
+    service = state_of(request.app).service
+    return JSONResponse(await service.ping(asked.member, count=asked.count))
 
 
 @control_routes.post("/stop")

@@ -15,6 +15,7 @@ from covey.errors import CoveyError
 from covey.node.errors import (
     Busy,
     InvalidRequest,
+    MemberUnreachable,
     NodeError,
     NotAllowed,
     NotReady,
@@ -118,6 +119,8 @@ def reply_to(error: CoveyError, *, prompt_field: str = "messages") -> ErrorReply
         case InvalidRequest() | InvalidParams():
             param = prompt_field if error.field == "messages" else error.field
             return ErrorReply(status=400, message=text, code="invalid_value", param=param)
+        case MemberUnreachable():
+            return ErrorReply(status=502, message=text, type=SERVER, code="member_unreachable")
         case SessionFailed():
             status = 504 if error.code == "deadline_exceeded" else 502
             return ErrorReply(status=status, message=text, type=SERVER, code=error.code)

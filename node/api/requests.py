@@ -22,6 +22,7 @@ from covey.node.service import GenerationRequest
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 MAX_TOKEN_ID = 2**31 - 1
 MAX_DEADLINE_S = 24 * 3600.0
+MAX_PINGS = 50
 MAX_INVITE_S = 30 * 24 * 3600.0  # arbitrary; an invite is to be used soon
 
 # Fields whose effect we do not have, with the values that ask for nothing (null always does).
@@ -294,9 +295,21 @@ class InviteRequest(_Strict):
 
 
 class MemberRequest(_Strict):
-    """The body of POST /covey/members/remove and /covey/members/allow."""
+    """The body of POST /covey/members/allow."""
 
     member: Annotated[str, Field(min_length=1, max_length=128)]  # name, peer id or how it ends
+
+
+class PingRequest(MemberRequest):
+    """The body of POST /covey/ping."""
+
+    count: Annotated[int, Field(ge=1, le=MAX_PINGS)] = 10
+
+
+class RemovalRequest(MemberRequest):
+    """The body of POST /covey/members/remove."""
+
+    with_invited: bool = False
 
 
 BodyT = TypeVar("BodyT", bound=BaseModel)

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from benchmarks.rows import Row
 
-from . import links, nat, scenario, two_hosts
+from . import links, nat, scenario, swarm, two_hosts
 
 
 class LabModule(Protocol):
@@ -37,5 +37,11 @@ class LabModule(Protocol):
 
 
 LABS: MappingProxyType[str, LabModule] = MappingProxyType(
-    {"two-hosts": two_hosts, "links": links, "nat": nat, "scenario": scenario}
+    {
+        "two-hosts": two_hosts,
+        "links": links,
+        "nat": nat,
+        "scenario": scenario,
+        "swarm": swarm,
+    }
 )

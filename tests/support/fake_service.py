@@ -7,7 +7,7 @@ import math
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
-from covey.node.errors import NotAllowed, UnknownModel
+from covey.node.errors import MemberUnreachable, NotAllowed, UnknownModel
 from covey.node.service import (
     Delta,
     Event,
@@ -76,10 +76,18 @@ class FakeService:
     def members_facts(self) -> dict[str, Any]:
         return {"members": [], "removed": []}
 
-    def remove_member(self, member: str) -> dict[str, Any]:
+    async def doctor(self) -> dict[str, Any]:
+        return {"nat": {"tcp": "open"}, "findings": []}
+
+    async def ping(self, member: str, *, count: int) -> dict[str, Any]:
+        if member != "kitchen":
+            raise MemberUnreachable(f"cannot reach {member}")
+        return {"name": member, "sent": count}
+
+    def remove_member(self, member: str, *, with_invited: bool) -> dict[str, Any]:
         if member != "kitchen":
             raise NotAllowed("ask the founder")
-        return {"removed": {"peer_id": "p", "name": member}}
+        return {"removed": [member, with_invited]}
 
     def allow_member(self, member: str) -> dict[str, Any]:
         return {"allowed": {"peer_id": "p", "name": member}}

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from covey.node.epochs import Epochs
-from covey.node.gossip import AWARENESS_TTL_S, Gossip
+from covey.node.gossip import Gossip
 from covey.node.members import Members
 from covey.node.switch import Switch
 from covey.store.awareness import Awareness
@@ -59,7 +59,6 @@ class MemberNode:
             sign=identity.sign,
             verify=verify,
             is_member=self._is_allowed,
-            ttl_s=AWARENESS_TTL_S,
             started_ms=started_ms,
         )
         self.switch = Switch(self.id, lambda peer_id: self.mesh.peer(peer_id))
@@ -69,7 +68,7 @@ class MemberNode:
             handler=self._receive,
             is_allowed=self._is_allowed,
             on_up=lambda peer: self.gossip.link_up(peer.peer_id),
-            on_down=lambda peer_id, _: self.gossip.link_down(peer_id),
+            on_down=lambda peer_id, _: self.gossip.link_down(peer_id, is_failure=False),
         )
         self.members = Members(
             identity,

@@ -1,17 +1,14 @@
-"""Hosts behind all kinds of NAT find out about it: `python -m support.nat_lab`, in the testbed.
-
-Prints one JSON object: what each host said. The last part moves a host to another network.
-"""
+"""Hosts behind all kinds of NAT in the testbed, and what each of them finds out."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from testbed import namespaces
 from testbed.lab import Lab
 from testbed.nat import TABLE, Nat, NatKind
 from testbed.topology import Family, Host, Router, Topology
@@ -21,6 +18,7 @@ from covey.transport.membership import Swarm
 
 NODE = Path(__file__).with_name("nat_node.py")
 PORT = 4000
+N_AT_ONCE = 4
 NATS = {
     "cone": Nat(NatKind.FULL_CONE),
     "conu": Nat(NatKind.FULL_CONE, cone_for_tcp=False),
@@ -31,7 +29,11 @@ NATS = {
 }
 
 
+Said = dict[str, dict[str, Any]]
+
+
 def topology() -> Topology:
+    """A home for each kind of NAT and some more, and two members with public addresses."""
     routers = [Router(name=f"r-{name}", nat=nat) for name, nat in NATS.items()]
     hosts = [Host(name=name, at=f"r-{name}") for name in NATS]
     port_restricted = Nat(NatKind.PORT_RESTRICTED)
@@ -58,6 +60,7 @@ class Nodes:
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
         self.swarm = Swarm.create(Identity.generate().peer_id).to_dict()
+        self.observers: list[subprocess.Popen[bytes]] = []
         self.peers: list[tuple[str, str]] = []
         self.peers_v6: list[tuple[str, str]] = []
 
@@ -72,8 +75,10 @@ class Nodes:
             stdout=subprocess.PIPE,
         )
 
-    def start_observer(self, name: str) -> None:
-        said = told(self.start(name, listen=["0.0.0.0", "::"]))  # noqa: S104
+    def start_observer(self, name: str, **more: Any) -> None:
+        process = self.start(name, listen=["0.0.0.0", "::"], **more)  # noqa: S104
+        self.observers.append(process)
+        said = told(process)
         self.peers.append((said["id"], f"{self.lab.address(name)}:{PORT}"))
         self.peers_v6.append((said["id"], f"[{self.lab.address(name, v6=True)}]:{PORT}"))
 
@@ -95,19 +100,24 @@ def told(process: subprocess.Popen[bytes]) -> dict[str, Any]:
 
 def end(process: subprocess.Popen[bytes]) -> None:
     """Let a node end by itself."""
-    if process.stdin is not None:
-        process.stdin.close()
-    process.wait(timeout=20)
+    process.communicate(timeout=20)
 
 
-def run(lab: Lab) -> dict[str, Any]:
+def run(lab: Lab) -> Said:
+    """What each host said; one is moved to another network at the end."""
     nodes = Nodes(lab)
     nodes.start_observer("first")
-    nodes.start_observer("second")
-    said = {name: nodes.ask(name) for name in ("open", *NATS)}
+    nodes.start_observer("second", peers=nodes.peers)
+    dialled = told(nodes.observers[0])
+    while not dialled["facts"]["n_observers"]:
+        dialled = told(nodes.observers[0])
+    with ThreadPoolExecutor(N_AT_ONCE) as pool:  # they mostly wait
+        names = ("open", *NATS)
+        said = dict(zip(names, pool.map(nodes.ask, names), strict=True))
     said |= {f"{name}, one observer": nodes.ask(name, n_peers=1) for name in ("sym", "port")}
     said["upnp"] = nodes.ask("upnp", maps_ports=True)
     said["upnp again"] = nodes.ask("upnp", maps_ports=False)  # it was given back
+    said["first, dialled by second"] = dialled
     # The same router without NAT-PMP.
     rule = ("add", "rule", "inet", TABLE, "delivering", "udp", "dport", "5351", "drop")
     lab.machines["r-upnp"].run("nft", *rule)
@@ -120,13 +130,6 @@ def run(lab: Lab) -> dict[str, Any]:
     lab.move("port", "r-sym")
     said["on the way"] = told(walker)
     said["after the walk"] = told(walker)
-    end(walker)
+    for process in (walker, *nodes.observers):
+        end(process)
     return said
-
-
-if __name__ == "__main__":
-    if not namespaces.is_inside():
-        sys.exit(namespaces.enter("support.nat_lab", sys.argv[1:]))
-    namespaces.prepare()
-    with Lab(topology()) as built:
-        print(json.dumps(run(built)))  # noqa: T201 - what it is for

@@ -31,7 +31,12 @@ async def main(spec: dict[str, Any]) -> None:
         def tell(facts: NatFacts) -> None:
             card = msgspec.to_builtins(facts.to_card(now=facts.measured_at))
             steps = [[step.test, step.observer, step.outcome] for step in service.steps]
-            said = {"facts": card, "steps": steps, "mapping": service.mapping_reason}
+            said = {
+                "id": identity.peer_id,
+                "facts": card,
+                "steps": steps,
+                "mapping": service.mapping_reason,
+            }
             print(json.dumps(said), flush=True)  # noqa: T201 - how its parent learns it
 
         async with service:

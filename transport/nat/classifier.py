@@ -27,7 +27,7 @@ from covey.transport.messages import (
 from covey.transport.peer import Peer
 from covey.transport.tasks import Tasks
 
-from .facts import MAX_OBSERVERS, Endpoint, Evidence, NatKind, Sighting, classify
+from .facts import MAX_OBSERVERS, Endpoint, Evidence, NatKind, Sighting, classify, is_near
 from .observation import OTHER_PORT, ObserveKeys, observe, receive_exactly, reusable_socket
 from .prober import UdpProber
 from .stun import PROBE_BYTES, TRANSACTION_BYTES, read_probe
@@ -79,7 +79,12 @@ class Classifier:
         self, peers: Iterable[Peer], is_outside: Callable[[str], bool]
     ) -> list[Observer]:
         """At most three members outside; first those that can be dialled, and by IPv4."""
-        outside = [peer for peer in peers if is_outside(peer.remote_host or "")]
+        outside = [
+            peer
+            for peer in peers
+            if is_outside(peer.remote_host or "")
+            and not is_near(peer.remote_host or "", self.own_hosts)
+        ]
         outside.sort(key=lambda peer: (peer.dialled_address is None, ":" in str(peer.remote_host)))
         views = await asyncio.gather(*(self._view(peer) for peer in outside[: 2 * MAX_OBSERVERS]))
         found = [observer for observer in views if observer is not None]
@@ -119,12 +124,12 @@ class Classifier:
         return kind
 
     async def reachable(self, observers: Sequence[Observer], port: int) -> tuple[str, ...]:
-        """The "host:port" at which our listening port answered a member, one for each host."""
+        """The hosts at which `port` led a member to our listener."""
         outcomes = await asyncio.gather(
             *(self._dial_back(observer, port) for observer in observers)
         )
         found = {
-            format_address(outcome.host, port): None
+            outcome.host: None
             for outcome in outcomes
             if outcome is not None and outcome.outcome == "answered"
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 
 from covey.transport.addresses import format_address
@@ -49,7 +50,14 @@ def explain(
         claimed_address: what the router says leads here, tried or not.
         mapping_reason: why the router gave no port; empty if it did or was not asked.
     """
-    if not facts.n_observers:
+    if facts.lan_hosts and all(map(_is_loopback, facts.lan_hosts)):
+        return (
+            Finding(
+                "This node listens for programs of this machine only.",
+                "Start it without --host, so that other machines reach it.",
+            ),
+        )
+    if not facts.public_hosts:
         findings = [
             Finding(
                 "No member outside this network has a link to this node, so nobody can say how it"
@@ -73,7 +81,7 @@ def explain(
 def _reachability(facts: NatFacts) -> Finding:
     if facts.mapped_addresses:
         return Finding(f"The router opened {facts.mapped_addresses[0]}, and members reach it.")
-    seen = ", ".join(facts.public_hosts) or "an unknown address"
+    seen = ", ".join(facts.public_hosts)
     if facts.is_reachable:
         return Finding(f"Members reach this node's port {facts.port} from outside, at {seen}.")
     if set(facts.public_hosts) & set(facts.lan_hosts):
@@ -89,7 +97,7 @@ def _reachability(facts: NatFacts) -> Finding:
 
 
 def _mapping(facts: NatFacts, claimed_address: str | None, reason: str) -> list[Finding]:
-    if claimed_address is not None and facts.n_observers:
+    if claimed_address is not None and facts.public_hosts:
         return [
             Finding(
                 f"The router says that it opened {claimed_address}, but members do not get in.",
@@ -116,6 +124,10 @@ def _mapping(facts: NatFacts, claimed_address: str | None, reason: str) -> list[
             )
         ]
     return []
+
+
+def _is_loopback(host: str) -> bool:
+    return ipaddress.ip_address(host).is_loopback
 
 
 def _lan_address(facts: NatFacts) -> str:

@@ -8,7 +8,7 @@ to the better: a filter is taken for the strictest, a mapping for unknown.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -72,10 +72,11 @@ class NatFacts:
     tcp: NatKind = NatKind.UNKNOWN
     port: int  # the data-plane's listening port
     is_reachable: bool = False  # the listening port answered a member from outside
+    reachable_hosts: tuple[str, ...] = ()  # at these; it may be by IPv6 only
     public_hosts: tuple[str, ...] = ()  # as observers see us, IPv4 and IPv6
     mapped_addresses: tuple[str, ...] = ()  # "host:port" at the router, and it answered
     lan_hosts: tuple[str, ...] = ()
-    n_observers: int = 0
+    n_observers: int = 0  # members that could judge; with one, kinds are the strictest that fit
     measured_at: float = field(compare=False)  # monotonic seconds
 
     def to_card(self, *, now: float) -> NatCard:
@@ -85,6 +86,7 @@ class NatFacts:
             tcp=self.tcp.value,
             port=self.port,
             is_reachable=self.is_reachable,
+            reachable_hosts=list(self.reachable_hosts[:MAX_HOSTS]),
             public_hosts=list(self.public_hosts[:MAX_HOSTS]),
             mapped_addresses=list(self.mapped_addresses[:MAX_HOSTS]),
             lan_hosts=list(self.lan_hosts[:MAX_LAN_HOSTS]),
@@ -100,6 +102,7 @@ class NatFacts:
             tcp=NatKind(card.tcp),
             port=card.port,
             is_reachable=card.is_reachable,
+            reachable_hosts=tuple(filter(is_public, card.reachable_hosts)),
             public_hosts=tuple(filter(is_public, card.public_hosts)),
             mapped_addresses=tuple(filter(_is_public_address, card.mapped_addresses)),
             lan_hosts=tuple(filter(_is_host, card.lan_hosts)),
@@ -202,6 +205,22 @@ def is_public(host: str) -> bool:
     if address.version == 6 and address.ipv4_mapped is not None:
         return False  # written so, it is a way around these checks
     return not any(address in network for network in _NOT_PUBLIC)
+
+
+def is_near(host: str, own_hosts: Iterable[str]) -> bool:
+    """Whether an IPv6 address is in one of our own networks (of 64 bits, RFC 4291).
+
+    IPv6 addresses of a home are all public, yet behind one firewall: a member there gets in where
+    nobody else does, and can say nothing of how we look from outside.
+    """
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    if address.version == 4:
+        return False
+    network = ipaddress.ip_network(f"{host}/64", strict=False)
+    return any(":" in own and ipaddress.ip_address(own) in network for own in own_hosts)
 
 
 def same_family(host: str, others: Sequence[str]) -> tuple[str, ...]:

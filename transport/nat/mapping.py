@@ -62,11 +62,13 @@ class MappingFailed(Exception):
 class PortMapper:
     """The mapping of one TCP port."""
 
-    def __init__(self) -> None:
+    def __init__(self, gateway: Callable[[], str | None] | None = None) -> None:
+        """`gateway` names the router to ask by NAT-PMP; the default route's if left out."""
+        self._find_gateway = gateway or default_gateway
         self.mapped: Mapped | None = None
-        self.reason = "the router was not asked yet"  # why `mapped` is None
+        self.reason = ""  # why the router gave none; empty before it was asked
         self._gateway: str | None = None
-        self._upnp = _Blocking()
+        self._upnp = Blocking()
 
     async def map(self, port: int) -> Mapped | None:
         """Ask for `port`, or renew it; None if the router gives none: see `reason`."""
@@ -99,7 +101,7 @@ class PortMapper:
             return  # it will end by itself
 
     async def _by_natpmp(self, port: int, wish: int) -> Mapped:
-        gateway = default_gateway()
+        gateway = self._find_gateway()
         if gateway is None:
             raise MappingFailed("this machine has no default route that we can read")
         request = natpmp.map_request(natpmp.Operation.MAP_TCP, port, wish, LEASE_S)
@@ -175,7 +177,7 @@ def _read_tcp_mapping(packet: bytes) -> natpmp.Granted | None:
 # --- UPnP: miniupnpc blocks, so all of it runs in a thread ---------------------------------------
 
 
-class _Blocking:
+class Blocking:
     """Runs one blocking call at a time in a thread that cannot keep the process from ending."""
 
     def __init__(self) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Self
 
-from covey.transport.addresses import reachable_hosts
+from covey.transport.addresses import format_address, reachable_hosts
 from covey.transport.errors import TransportError
 from covey.transport.listener import Listener
 from covey.transport.membership import Swarm
@@ -29,7 +29,7 @@ from .address_watch import AddressWatch
 from .answering import Answering, Ports
 from .classifier import Classifier, Observer, Step
 from .explain import Finding, explain
-from .facts import MAX_HOSTS, MAX_LAN_HOSTS, NatFacts, is_public
+from .facts import MAX_HOSTS, MAX_LAN_HOSTS, NatFacts, is_near, is_public
 from .mapping import Mapped, PortMapper
 from .observation import OTHER_PORT, ObservationDoor, ObserveKeys, observe, reusable_socket
 from .responder import Responder, UdpPort, open_responder
@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 REFRESH_S = 600.0
 LOOK_S = 5.0  # between looks for observers while there are too few
 LOOK_AT_MOST_S = 60.0
+BETWEEN_ROUNDS_S = 30.0  # where members come and go, none of whom can judge
 ENOUGH_OBSERVERS = 2
 REFRESH_DEADLINE_S = 60.0
 ANY_HOST = "0.0.0.0"  # noqa: S104 - all routes out are meant
@@ -206,7 +207,7 @@ class NatService:
             if self._is_stale or self._is_due() or self._could_know_more():
                 await self.refresh()
                 # If nobody could answer the round was for nothing: the next one is less urgent.
-                pause_s = LOOK_S if self.facts.n_observers else min(2 * pause_s, LOOK_AT_MOST_S)
+                pause_s = LOOK_S if self._observers else min(2 * pause_s, LOOK_AT_MOST_S)
             self._woken.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(pause_s):
@@ -218,15 +219,23 @@ class NatService:
         return time.monotonic() - self.facts.measured_at > min(REFRESH_S, lease_s / 2)
 
     def _could_know_more(self) -> bool:
-        """Whether too few were asked and there are others now, or none of them answered."""
-        n_observers, candidates = len(self._live_observers()), self._candidates()
-        if n_observers >= ENOUGH_OBSERVERS:
+        """Whether too few could judge, and there are others now, or nobody answered at all."""
+        observers, candidates = self._live_observers(), self._candidates()
+        if len([observer for observer in observers if observer.port]) >= ENOUGH_OBSERVERS:
             return False
-        return bool(candidates - self._asked) or (n_observers == 0 and bool(candidates))
+        if not observers:
+            return bool(candidates)
+        is_recent = time.monotonic() - self.facts.measured_at < BETWEEN_ROUNDS_S
+        return not is_recent and bool(candidates - self._asked)
 
     def _candidates(self) -> frozenset[Peer]:
-        peers = self._mesh.peers.values()
-        return frozenset(peer for peer in peers if self._is_outside(peer.remote_host or ""))
+        own_hosts = self._own_hosts()
+        return frozenset(
+            peer
+            for peer in self._mesh.peers.values()
+            if self._is_outside(peer.remote_host or "")
+            and not is_near(peer.remote_host or "", own_hosts)
+        )
 
     def _live_observers(self) -> list[Observer]:
         return [observer for observer in self._observers if observer.peer.error is None]
@@ -260,6 +269,7 @@ class NatService:
         if mapped is not None:
             four = [observer for observer in observers if ":" not in observer.host]
             verified = await classifier.reachable(four, mapped.outer_port)
+            verified = tuple(format_address(host, mapped.outer_port) for host in verified)
         self._observers = observers
         self.steps = tuple(classifier.steps)
         # Most of them agree on one host of ours, whatever a single one may say.
@@ -269,10 +279,11 @@ class NatService:
             tcp=tcp,
             port=port,
             is_reachable=bool(reached),
+            reachable_hosts=reached[:MAX_HOSTS],
             public_hosts=tuple(host for host, _ in seen.most_common(MAX_HOSTS)),
             mapped_addresses=verified,
             lan_hosts=self._lan_hosts(),
-            n_observers=len(observers),
+            n_observers=len([observer for observer in observers if observer.port]),
             measured_at=time.monotonic(),
         )
 

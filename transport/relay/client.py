@@ -15,7 +15,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 
-from covey.transport.addresses import format_address, parse_address
+from covey.transport.addresses import format_address
 from covey.transport.errors import (
     LinkTimeout,
     MalformedFrame,
@@ -25,6 +25,7 @@ from covey.transport.errors import (
 from covey.transport.frame import Frame
 from covey.transport.link import LinkKind
 from covey.transport.messages import RelayDeclined, RelayOffer, RelayOpen, RelayOpened
+from covey.transport.paths import direct_ways, open_path
 from covey.transport.peer import Peer
 from covey.transport.preamble import NONCE_BYTES, build_preamble
 from covey.transport.tasks import Tasks
@@ -34,7 +35,6 @@ logger = logging.getLogger(__name__)
 MAX_OFFERS = 16  # followed at once
 MAX_OFFERS_PER_RELAY = 8
 CONNECT_S = 4.0  # a relay waits no longer for the second end
-_MAX_TRIES = 3  # addresses of a relay
 
 # Takes a socket that `origin` will dial us on, does what a listener does, returns when it has.
 OnConnection = Callable[[socket.socket, str], Awaitable[object]]
@@ -120,25 +120,26 @@ class RelayClient:
 
     async def _connect(self, relay: Peer) -> socket.socket:
         """A connection to the relay's port. Raises PeerUnreachable."""
-        reason = "no address of it is known"
-        for address in self._ports_of(relay):
-            try:
-                async with asyncio.timeout(CONNECT_S):
-                    return await _connect(address)
-            except TimeoutError:
-                reason = f"{address} does not answer"
-            except ValueError:
-                reason = f"{address} is not an address"
-            except OSError as error:
-                reason = f"{address} failed: {error.strerror or error}"
-        raise PeerUnreachable(relay.peer_id, reason)
+        made: list[socket.socket] = []
+
+        async def keep(connection: socket.socket, kind: LinkKind) -> socket.socket:
+            made.append(connection)
+            return connection
+
+        ways = direct_ways(self._ports_of(relay))
+        try:
+            return await open_path(relay.peer_id, ways, (), keep, deadline_s=CONNECT_S)
+        except BaseException:  # cancelled while the slower ways are given up
+            for connection in made:
+                connection.close()
+            raise
 
     def _ports_of(self, relay: Peer) -> Sequence[str]:
         # A punched connection leads to a port that only we may use, and only once.
         dialled = relay.dialled_address
         if dialled is not None and relay.kind in (LinkKind.DIRECT, LinkKind.MAPPED):
             return [format_address(*dialled)]
-        return self._addresses_of(relay.peer_id)[:_MAX_TRIES]
+        return self._addresses_of(relay.peer_id)
 
 
 def _enter(connection: socket.socket, relay_id: str, circuit: bytes, key: bytes) -> None:
@@ -160,23 +161,6 @@ def _enter(connection: socket.socket, relay_id: str, circuit: bytes, key: bytes)
 def _decline(relay: Peer, offer: RelayOffer) -> None:
     with suppress(TransportError):
         relay.post(RelayDeclined(circuit=offer.circuit))
-
-
-async def _connect(address: str) -> socket.socket:
-    loop = asyncio.get_running_loop()
-    host, port = parse_address(address)
-    family, _, protocol, _, target = (await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))[
-        0
-    ]
-    connection = socket.socket(family, socket.SOCK_STREAM, protocol)
-    try:
-        connection.setblocking(False)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        await loop.sock_connect(connection, target)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
 
 
 def _close_result(connecting: asyncio.Task[socket.socket]) -> None:

@@ -17,7 +17,7 @@ from .shaping import MAX_QUANTUM_BYTES, Shaper
 from .window import Window
 
 # What the kernel may hold of what cannot be sent yet. A heartbeat waits behind it.
-UNSENT_BYTES = 128 << 10
+UNSENT_BYTES = 64 << 10
 
 _scratch = memoryview(bytearray(MAX_QUANTUM_BYTES))  # nothing stays in it between two callbacks
 

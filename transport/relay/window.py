@@ -12,10 +12,11 @@ import sys
 from contextlib import suppress
 
 AHEAD_S = 0.4
-MIN_WINDOW_BYTES = 256 << 10
+MIN_WINDOW_BYTES = 192 << 10  # Linux allows programs 208 unless told otherwise
 _MEASURE_S = 0.25
 _CHANGE = 1.25  # smaller changes are not worth a system call
-_SO_BUF_LOCK = 72  # Linux 5.15; 0 lets the kernel choose the size again
+_FREE_BYTES = 512 << 10  # beyond the system's limit and this, the kernel chooses the size again
+_SO_BUF_LOCK = 72  # Linux 5.15
 
 
 class Window:
@@ -42,8 +43,12 @@ class Window:
 
     def _apply(self) -> None:
         with suppress(OSError):  # gone already, or a system that knows better
-            # Linux doubles what it is told, and half of that may go to its own bookkeeping.
-            self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._size // 2)
+            # Room for as much bookkeeping of the kernel's as for bytes: Linux doubles it by itself.
+            self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._size)
+            if sys.platform != "linux":
+                return
+            # What the buffer was at first would stay the limit of what may be under way.
+            self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, self._size)
             granted = self._connection.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
-            if granted < self._size and sys.platform == "linux":  # beyond what the system allows
+            if granted < 2 * self._size and self._size > _FREE_BYTES:
                 self._connection.setsockopt(socket.SOL_SOCKET, _SO_BUF_LOCK, 0)

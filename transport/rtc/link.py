@@ -37,8 +37,9 @@ POST_BUFFER_BYTES = 1 << 20
 RECEIVE_BUFFER_BYTES = 8 << 20  # the window stands still beyond this, and moves at half of it
 RECEIVE_BUFFER_FRAMES = 1024
 WINDOW_BYTES = 4 << 20  # on the way: 20 MB/s over a round trip of 200 ms
-CLOSE_DEADLINE_S = 2.0  # to flush what was sent, and as long again for the other end's goodbye
-MESSAGE_BYTES = 16 << 10
+CLOSE_DEADLINE_S = 2.0  # to flush some of what was sent, and for the other end's goodbye
+FLUSH_STEPS = 4  # how often some of it is enough: the library does a few MB/s
+MESSAGE_BYTES = 32 << 10
 CHANNEL_HIGH_BYTES = 256 << 10  # what a heartbeat may wait for inside the library
 CHANNEL_LOW_BYTES = 128 << 10
 _SEGMENT_BYTES = 64 << 10
@@ -176,7 +177,7 @@ class RtcLink:
 
     def _read(self, message: bytes | str) -> None:
         if isinstance(message, bytes):
-            if message[:1] == _DATA:
+            if message[:1] == _DATA and len(message) > 1:
                 return self._take(memoryview(message)[1:])
             if message[:1] == _GRANT and len(message) == 1 + _TOTAL.size:
                 return self._granted(_TOTAL.unpack_from(message, 1)[0])
@@ -271,13 +272,15 @@ class RtcLink:
                     return
 
     async def _flush(self) -> None:
-        """Until all that was sent is with the library, or the deadline."""
+        """Until all that was sent is with the library; given up if that stands still."""
         if self._error is None and self._unsent:
             if self._flushed is None:
                 self._flushed = self._loop.create_future()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(CLOSE_DEADLINE_S):
-                    await asyncio.shield(self._flushed)
+            for _ in range(FLUSH_STEPS):
+                sent = self.bytes_sent
+                await asyncio.wait({self._flushed}, timeout=CLOSE_DEADLINE_S)
+                if self._flushed.done() or self.bytes_sent == sent:
+                    return
 
     def _close_with(self, error: ProtocolViolation) -> None:
         """Tell the peer what it did wrong, and end."""

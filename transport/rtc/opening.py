@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import Protocol
 
 import aioice
+from aioice.ice import server_reflexive_candidate
 from aiortc import (
     InvalidStateError,
     RTCCertificate,
@@ -37,7 +38,9 @@ from .description import MAX_CANDIDATES, SCTP_PORT, Candidate, Description
 from .link import CHANNEL_LOW_BYTES, RtcLink
 
 MAX_LOCAL_HOSTS = 8
-GATHER_S = 1  # for the STUN server to answer; aioice would wait 5 s for each that does not
+MAX_STUN_SERVERS = 2
+GATHER_S = 2.0  # for the first answer of a STUN server: the request and two repetitions
+GRACE_S = 0.1  # for the others'; some interfaces lead to none
 CLOSE_S = 1.0
 _MAX_MESSAGE_BYTES = 64 << 10
 _FINGERPRINT = "sha-256"
@@ -73,7 +76,7 @@ async def open_rtc_link(
         peer_id: whom the link leads to.
         hosts: IP addresses where others have seen the peer; packets go to these and to private
             networks only.
-        stun_servers: members that tell us our UDP address; the first that is IPv4 is asked.
+        stun_servers: members that tell us our UDP address; two of them, over IPv4, are asked.
         deadline_s: for all of it.
 
     Raises:
@@ -105,7 +108,11 @@ async def open_rtc_link(
 
 
 class _Connection(aioice.Connection):
-    """ICE that waits a second at most for a STUN server, on a bounded number of addresses."""
+    """ICE that asks several STUN servers, and goes on as soon as it may."""
+
+    def __init__(self, *, is_controlling: bool, stun_servers: Sequence[tuple[str, int]]) -> None:
+        super().__init__(ice_controlling=is_controlling)
+        self._stun_servers = stun_servers
 
     async def get_component_candidates(
         self,
@@ -114,25 +121,57 @@ class _Connection(aioice.Connection):
         timeout: int = 5,  # noqa: ASYNC109 - its signature, not ours
     ) -> list[aioice.Candidate]:
         """See aioice, which calls it with the addresses of every interface."""
-        return await super().get_component_candidates(
-            component, addresses[:MAX_LOCAL_HOSTS], timeout=min(timeout, GATHER_S)
+        found = await super().get_component_candidates(
+            component, addresses[:MAX_LOCAL_HOSTS], timeout=timeout
         )
+        asking = [
+            asyncio.create_task(
+                server_reflexive_candidate(protocol, server), name="ask for address"
+            )
+            for protocol in self._protocols
+            if ":" not in protocol.local_candidate.host
+            for server in self._stun_servers
+        ]
+        try:
+            return found + await _first_answers(asking)
+        finally:
+            for task in asking:
+                task.cancel()
+
+
+async def _first_answers(
+    asking: Sequence[asyncio.Task[tuple[aioice.Candidate, None]]],
+) -> list[aioice.Candidate]:
+    """What those tasks find that are hardly slower than the fastest one."""
+    found: dict[tuple[str, int], aioice.Candidate] = {}
+    pending = set(asking)
+    deadline = asyncio.get_running_loop().time() + GATHER_S
+    while pending and (left := deadline - asyncio.get_running_loop().time()) > 0:
+        done, pending = await asyncio.wait(
+            pending, timeout=left, return_when=asyncio.FIRST_COMPLETED
+        )
+        for task in done:
+            if task.exception() is None:  # else it had no answer, or no way there
+                candidate, _ = task.result()
+                found[candidate.host, candidate.port] = candidate
+                deadline = min(deadline, asyncio.get_running_loop().time() + GRACE_S)
+    return list(found.values())
 
 
 class _Gatherer(RTCIceGatherer):
     """Our own addresses; never by a public STUN server."""
 
-    def __init__(self, *, is_controlling: bool, stun_server: tuple[str, int] | None) -> None:
+    def __init__(self, connection: aioice.Connection) -> None:
         super().__init__(iceServers=[])
-        self._connection = _Connection(ice_controlling=is_controlling, stun_server=stun_server)
+        self._connection = connection
 
 
 class _Ends:
     """This end's transports, one on top of the other; the link's `Channel`."""
 
     def __init__(self, *, is_dialer: bool, stun_servers: Sequence[tuple[str, int]]) -> None:
-        stun_server = next((server for server in stun_servers if ":" not in server[0]), None)
-        self._gatherer = _Gatherer(is_controlling=is_dialer, stun_server=stun_server)
+        usable = [server for server in stun_servers if ":" not in server[0]][:MAX_STUN_SERVERS]
+        self._gatherer = _Gatherer(_Connection(is_controlling=is_dialer, stun_servers=usable))
         self._ice = RTCIceTransport(self._gatherer)
         self._certificate = RTCCertificate.generateCertificate()
         self._dtls = RTCDtlsTransport(self._ice, [self._certificate])

@@ -15,10 +15,10 @@ from covey.transport.link import Link, LinkKind
 from covey.transport.memory import Conditions, memory_link_pair
 from covey.transport.messages import Beat, Forward, StageTrace
 from covey.transport.relay.splice import Splice, Toll
-from covey.transport.rtc import open_rtc_link
 from covey.transport.steady.link import SteadyLink
 from covey.transport.stream_link import open_stream_link
 from covey.transport.tls import authenticate, build_contexts
+from support.rtc import rtc_pair
 
 Pair = tuple[Link, Link]
 MIB = 1 << 20
@@ -91,37 +91,12 @@ async def steady_direct_pair() -> Pair:
     return steady(await direct_pair())
 
 
-class QueueSignal:
-    """Carries descriptions between two ends in one process."""
-
-    def __init__(self, out: asyncio.Queue[str], back: asyncio.Queue[str]) -> None:
-        self._out, self._back = out, back
-
-    async def send(self, text: str) -> None:
-        self._out.put_nowait(text)
-
-    async def receive(self) -> str:
-        return await self._back.get()
+async def steady_relayed_pair() -> Pair:
+    return steady(await relayed_pair())
 
 
 async def webrtc_pair() -> Pair:
-    one: asyncio.Queue[str] = asyncio.Queue()
-    other: asyncio.Queue[str] = asyncio.Queue()
-    with pytest.MonkeyPatch.context() as patch:
-        # aioice leaves the loopback interface out.
-        patch.setattr("aioice.ice.get_host_addresses", lambda **_: ["127.0.0.1"])
-        at_a, at_b = await asyncio.gather(
-            *(
-                open_rtc_link(
-                    signal, is_dialer=is_dialer, peer_id=peer, hosts=("127.0.0.1",), deadline_s=5.0
-                )
-                for signal, is_dialer, peer in (
-                    (QueueSignal(one, other), True, B.peer_id),
-                    (QueueSignal(other, one), False, A.peer_id),
-                )
-            )
-        )
-    return at_a, at_b
+    return await rtc_pair(A.peer_id, B.peer_id)
 
 
 @pytest.fixture(
@@ -133,6 +108,7 @@ async def webrtc_pair() -> Pair:
         pytest.param(webrtc_pair, id="webrtc", marks=pytest.mark.network),
         pytest.param(steady_memory_pair, id="steady_memory"),
         pytest.param(steady_direct_pair, id="steady_direct", marks=pytest.mark.network),
+        pytest.param(steady_relayed_pair, id="steady_relayed", marks=pytest.mark.network),
     ],
 )
 async def pair(request: pytest.FixtureRequest) -> AsyncIterator[Pair]:

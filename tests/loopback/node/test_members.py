@@ -12,11 +12,13 @@ import pytest
 
 from covey.node import epochs
 from covey.node.errors import InvalidRequest, NotAllowed
+from covey.node.standing import encode_statement
 from covey.store.errors import UpdateRejected
 from covey.store.schema import Revocation, Rotation
 from covey.transport.errors import ErrorCode, RefusedByPeer, TransportError
 from covey.transport.identity import Identity
 from covey.transport.membership import Keyring, Swarm
+from covey.transport.messages import MembershipNotice
 from covey.transport.renewal import renew
 from support.members import MemberNode, running, until
 
@@ -92,7 +94,7 @@ async def test_its_documents_beats_and_links_are_refused_from_then_on(
             with pytest.raises(UpdateRejected, match="no member"):
                 node.replica.apply(envelope)
         with pytest.raises(UpdateRejected, match="no member"):
-            node.awareness.receive(gone.awareness.beat(0.0, {}), 0.0)
+            node.awareness.receive(gone.awareness.beat(0.0, {}, ttl_s=5), 0.0)
         with pytest.raises(TransportError):
             await gone.dial(node)
         with pytest.raises(TransportError):
@@ -248,3 +250,61 @@ async def test_names_are_found_and_doubtful_ones_refused(stack: AsyncExitStack) 
     founder.epochs.remove(other.id[-8:])
     with pytest.raises(InvalidRequest, match="was removed before"):
         founder.epochs.remove(other.id)
+
+
+async def test_who_is_in_only_by_a_removed_members_word(stack: AsyncExitStack) -> None:
+    founder, gone, other = await swarm_of(stack, 3)
+    guest = MemberNode(Identity.generate(), founder.saved, name="guest")
+    await stack.enter_async_context(running(guest))
+    await guest.dial(founder)
+    made_up = Identity.generate().peer_id  # nobody has ever seen it
+    gone.members.admitted(guest.id, epoch=0)
+    gone.members.admitted(made_up, epoch=0)
+    await until(lambda: made_up in founder.members.inviters() and guest.id in other.members.known())
+    founder.epochs.remove("node-1")
+    await until(lambda: guest.epoch == other.epoch == 1)  # it stays
+    rotation = founder.members.standing.rotation
+    assert rotation is not None
+    assert made_up not in rotation.copies
+    assert made_up not in other.members.known()
+
+
+async def test_those_it_invited_may_go_with_it(stack: AsyncExitStack) -> None:
+    founder, gone, other = await swarm_of(stack, 3)
+    guests = [MemberNode(Identity.generate(), founder.saved, name=f"guest-{n}") for n in (0, 1)]
+    for guest in guests:
+        await stack.enter_async_context(running(guest))
+        await guest.dial(founder)
+    gone.members.admitted(guests[0].id, epoch=0)
+    guests[0].members.admitted(guests[1].id, epoch=0)
+    await until(lambda: {guest.id for guest in guests} <= founder.members.inviters().keys())
+    await until(lambda: len(founder.views.members()) == 5)
+    removals = founder.epochs.remove("node-1", with_invited=True)
+    assert {said.name for said in removals} == {"node-1", "guest-0", "guest-1"}
+    await until(lambda: other.epoch == 1)
+    assert other.members.known().keys() == {founder.id, other.id}
+
+
+async def test_a_removal_travels_without_the_store(stack: AsyncExitStack) -> None:
+    founder, gone, other = await swarm_of(stack, 3)
+    for node in (founder, other):
+        node.gossip._sessions.clear()  # no hello is ever sent again
+    founder.epochs.remove("node-1")
+    await until(lambda: gone.id not in other.mesh.peers, CUT_OFF_S)
+    await until(lambda: other.epoch == 1)  # it asked, over the link that stands
+    assert (await asyncio.wait_for(gone.removals.get(), 5)).by == founder.id
+
+
+async def test_false_statements_are_not_even_kept(stack: AsyncExitStack) -> None:
+    founder, liar, other = await swarm_of(stack, 3)
+    signature = liar.identity.sign(b"anything")
+    forged = [
+        encode_statement(Revocation(member=other.id, name="x", by=by, at=n, signature=signature))
+        for n in range(50)
+        for by in (founder.id, liar.id)
+    ]
+    peer = liar.mesh.peers[founder.id]
+    await peer.send(MembershipNotice(statements=[*forged, b"", b"x", bytes(1000)]))
+    await peer.ping(timeout_s=5)
+    assert founder.members.is_allowed(other.id)
+    assert not founder.members._heard

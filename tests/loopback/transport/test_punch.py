@@ -385,8 +385,8 @@ async def test_a_birthday_ends_in_one_link(here: PunchSocket, easy: str) -> None
 async def test_a_birthday_sends_no_more_than_it_says(
     here: PunchSocket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(birthday, "ROUND_S", 0.3)
-    monkeypatch.setattr(birthday, "_SOCKET_S", 0.29)
+    monkeypatch.setattr(birthday, "ROUND_S", 0.6)
+    monkeypatch.setattr(birthday, "_SOCKET_S", 0.59)
     monkeypatch.setattr(birthday, "HEAD_START_S", 0.0)
     monkeypatch.setattr(birthday, "LAST_WORDS_S", 0.1)
     n_made = 0
@@ -405,7 +405,8 @@ async def test_a_birthday_sends_no_more_than_it_says(
                 peer_id=B.peer_id,
             )
         )
-    assert n_made == 1 + birthday.ROUNDS * birthday.EASY_PORTS  # the one listens
+    most = 1 + birthday.ROUNDS * birthday.EASY_PORTS  # the one listens
+    assert most // 2 < n_made <= most
     assert slowest < 0.02
 
 

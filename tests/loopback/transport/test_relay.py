@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, suppress
 
+import psutil
 import pytest
 
 from covey.transport.errors import (
@@ -200,6 +201,38 @@ async def test_an_idle_circuit_ends_and_one_with_a_heartbeat_does_not(
         with pytest.raises(LinkBroken):
             await link.receive()
     assert trio.server.n_circuits == 0
+
+
+async def test_circuits_that_are_over_leave_nothing_behind(stack: AsyncExitStack) -> None:
+    trio = await trio_of(stack, limits=RelayLimits(opens_per_s=1e6))
+
+    async def open_and_end() -> None:
+        at_a, at_b = await trio.socket_pair()
+        at_a.send(b"some bytes")
+        at_b.close()
+        at_a.close()
+        await until_circuits(trio, 0)
+
+    await open_and_end()
+    before = psutil.Process().num_fds()
+    for _ in range(50):
+        await open_and_end()
+    assert psutil.Process().num_fds() == before
+    assert not trio.server._waiting
+    assert not trio.server._splices
+
+
+async def test_a_relay_that_stops_ends_its_circuits(stack: AsyncExitStack) -> None:
+    trio = await trio_of(stack)
+    at_a, at_b = await trio.link_pair()
+    waiting = await trio.open()
+    trio.server.close()
+    for link in (at_a, at_b):
+        with pytest.raises(LinkBroken):
+            await link.receive()
+    assert await asked(trio, trio.b.node.id) is ErrorCode.RELAY_REFUSED
+    waiting.close()
+    (await trio.b.arrivals.get())[0].close()
 
 
 async def test_a_removed_member_loses_its_circuits(stack: AsyncExitStack) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from covey.store.awareness import Awareness
+from covey.store.awareness import Awareness, News, Told
 from covey.store.document import Document
 from covey.store.envelope import MAX_SEQUENCE, Envelope, Kind, decode, encode
 from covey.store.errors import RecordMalformed, UpdateRejected
@@ -89,12 +89,20 @@ def test_any_bytes_are_a_beat_or_refused(data: bytes) -> None:
         sign=signer("bob"),
         verify=verify,
         is_member=is_member,
-        ttl_s=1.0,
         started_ms=0,
     )
     with pytest.raises(UpdateRejected):
-        bob.receive(data, now=0.0)
+        bob.receive(Told(0, data), now=0.0)
     assert bob.rejected.total() == 1
+
+
+@given(any_bytes)
+def test_any_bytes_are_news_of_lives_or_refused(data: bytes) -> None:
+    try:
+        news = News.decode(data)
+    except UpdateRejected:
+        return
+    assert News.decode(news.encode()) == news
 
 
 @given(st.data(), st.sampled_from(Kind))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from covey.node.errors import ConfigError
+from covey.node.errors import ConfigError, RemovedFromSwarm
 from covey.node.home import Home
 from covey.node.membership import (
     INVITES_FILE,
@@ -19,6 +19,8 @@ from covey.node.membership import (
     load_invites,
     make_welcome,
     save_invites,
+    save_keyring,
+    save_removal,
 )
 from covey.store.schema import MemberCard
 from covey.transport.codec import decode_frame, encode_frame
@@ -26,7 +28,8 @@ from covey.transport.errors import InviteInvalid
 from covey.transport.frame import Frame
 from covey.transport.identity import Identity
 from covey.transport.invite import InviteBook
-from covey.transport.membership import Swarm
+from covey.transport.membership import Keyring, Swarm
+from covey.transport.mesh import Mesh
 from support.node_core import PEERS
 
 ME = Identity(bytes([1] * 32))
@@ -68,6 +71,45 @@ async def test_an_invite_to_the_swarm_it_is_in_changes_nothing(home: Home) -> No
     mine = (await enter(home, ME, invite=None, may_found=True)).swarm
     invite = invite_to(mine.id, PEERS[1])
     assert (await enter(home, ME, invite=invite, may_found=False)).swarm == mine
+
+
+async def test_a_member_that_was_away_too_long_comes_back_with_an_invite(home: Home) -> None:
+    inviter = Identity(bytes([2] * 32))
+    old = Swarm.create(inviter.peer_id)
+    save_keyring(home, Keyring(current=old))
+    now = old.next_epoch().next_epoch()
+    book = InviteBook()
+    mesh = Mesh(
+        inviter,
+        now,
+        handler=lambda _, __: None,
+        invites=book,
+        welcome=lambda _, __: make_welcome(now, []),
+    )
+    async with mesh:
+        invite = book.issue(
+            swarm=old.id,
+            inviter=inviter.peer_id,
+            addresses=mesh.addresses,
+            valid_s=60,
+            uses=1,
+            unix_time=time.time(),
+        )
+        entry = await enter(home, ME, invite=str(invite), may_found=False)
+    assert entry.swarm == now
+    assert [each.swarm for each in entry.keyring.old] == [old]
+    again = await enter(home, ME, invite=str(invite), may_found=False)  # the inviter is gone
+    assert again.keyring == entry.keyring
+
+
+async def test_a_removed_node_is_refused_by_its_own_home(home: Home) -> None:
+    await enter(home, ME, invite=None, may_found=True)
+    said = save_removal(home, "kitchen")
+    for invite in (None, invite_to("0123456789abcdef", PEERS[1])):
+        with pytest.raises(RemovedFromSwarm, match="removed from the swarm by kitchen") as caught:
+            await enter(home, ME, invite=invite, may_found=True)
+        assert str(caught.value) == str(said)
+        assert str(home.path) in str(said)
 
 
 async def test_an_invite_to_another_swarm_needs_another_home(home: Home) -> None:

@@ -44,6 +44,17 @@ def test_equal_ends_say_one_hello_and_no_more() -> None:
     assert len(converse(*ends)) == 1
 
 
+def test_a_summary_is_answered_only_by_who_holds_something_else() -> None:
+    alice, bob = replica_of("alice"), replica_of("bob")
+    alice.set("a", {})
+    at_alice, at_bob = sessions(alice, bob)
+    (hello,) = at_bob.receive(at_alice.summary())
+    (batch,) = at_alice.receive(hello)
+    at_bob.receive(batch)
+    assert alice.state_vector() == bob.state_vector()
+    assert at_bob.receive(at_alice.summary()) == at_alice.receive(at_bob.summary()) == []
+
+
 def test_a_batch_without_news_is_not_answered() -> None:
     alice, bob = replica_of("alice"), replica_of("bob")
     alice.set("a", {})
@@ -111,6 +122,7 @@ def test_ends_that_refuse_each_others_envelopes_fall_silent() -> None:
         (b"", RejectReason.MALFORMED),
         (b"\x01", RejectReason.MALFORMED),
         (b"\x02\x93\xa5hello\xc4\x01\x90\xc2", RejectReason.WRONG_VERSION),
+        (b"\x01\x92\xa7summary\xc4\x0f" + bytes(15), RejectReason.MALFORMED),
         (b"\x01\x93\xa5howdy\xc4\x01\x90\xc2", RejectReason.MALFORMED),
         (b"\x01\x93\xa5hello\xc4\x01\x91\xc2", RejectReason.MALFORMED),
         (b"\x01\x93\xa5batch\xdd\xff\xff\xff\xff\xc2", RejectReason.MALFORMED),

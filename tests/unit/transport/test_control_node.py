@@ -6,7 +6,7 @@ import ipaddress
 
 import pytest
 
-from covey.transport.control_node import dialable
+from covey.transport.control_listen import dialable
 
 
 @pytest.mark.parametrize("address", ["/ip4/192.168.1.7/tcp/7071", "/ip6/fd00::7/tcp/7071"])

@@ -27,7 +27,7 @@ def connection() -> Iterator[socket.socket]:
 
 
 def buffer_of(connection: socket.socket) -> int:
-    return connection.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+    return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP)
 
 
 def test_it_begins_small_and_grows_with_the_speed(connection: socket.socket) -> None:

@@ -14,6 +14,7 @@ from aioice import stun
 from covey.transport.errors import TransportError
 from covey.transport.membership import Swarm
 from covey.transport.nat.facts import NatFacts, NatKind
+from covey.transport.nat.prober import UdpProber
 from covey.transport.nat.responder import UdpPort
 from covey.transport.nat.service import NatService
 from covey.transport.nat.stun import build_request, read_answer
@@ -193,3 +194,20 @@ async def test_what_was_opened_is_closed(stack: AsyncExitStack) -> None:
     await service.aclose()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as again:
         again.bind(("127.0.0.1", port))
+
+
+async def test_a_flood_of_garbage_keeps_no_member_from_its_answer(stack: AsyncExitStack) -> None:
+    swarm = Swarm.create(Node().id)
+    ((node, _, _),) = await members(stack, "127.0.0.1", swarm=swarm)
+    prober = await UdpProber.open("127.0.0.9", swarm.stun_key)
+    stack.push_async_callback(prober.aclose)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+        stranger.bind(("127.0.0.77", 0))
+        stranger.setblocking(False)
+        for n in range(5000):
+            packet = build_request(b"wrong", n.to_bytes(12, "big"), unix_time=time.time())
+            stranger.sendto(packet[: 1 + n % len(packet)] * (1 + n % 9), node.mesh.bound[0])
+        # What the kernel dropped is asked again, as any member does.
+        assert await prober.ask(node.mesh.bound[0]) == ("127.0.0.9", prober.local_port)
+        with pytest.raises(BlockingIOError):
+            stranger.recv(1)

@@ -396,6 +396,71 @@ async def test_control() -> None:
     assert service.was_stopped
 
 
+async def test_members_are_listed_removed_and_allowed() -> None:
+    async with client_of(FakeService()) as client:
+        client.headers.update(CONTROL)
+        assert (await client.get("/covey/members")).json() == {"members": [], "removed": []}
+        removed = await client.post("/covey/members/remove", json={"member": "kitchen"})
+        assert removed.json() == {"removed": ["kitchen", False]}
+        body = {"member": "kitchen", "with_invited": True}
+        removed = await client.post("/covey/members/remove", json=body)
+        assert removed.json() == {"removed": ["kitchen", True]}
+        allowed = await client.post("/covey/members/allow", json={"member": "attic"})
+        assert allowed.json() == {"allowed": {"peer_id": "p", "name": "attic"}}
+
+
+async def test_a_removal_that_this_node_may_not_make_is_forbidden() -> None:
+    async with client_of(FakeService()) as client:
+        client.headers.update(CONTROL)
+        answer = await client.post("/covey/members/remove", json={"member": "attic"})
+        assert answer.status_code == 403
+        assert answer.json()["error"]["message"] == "ask the founder"
+
+
+@pytest.mark.parametrize("body", [{}, {"member": ""}, {"member": 7}, {"member": "x" * 129}])
+async def test_a_removal_names_one_member(body: dict[str, object]) -> None:
+    async with client_of(FakeService()) as client:
+        client.headers.update(CONTROL)
+        for what in ("remove", "allow"):
+            assert (await client.post(f"/covey/members/{what}", json=body)).status_code == 400
+
+
+async def test_the_doctor_and_a_ping_are_asked_for() -> None:
+    async with client_of(FakeService()) as client:
+        client.headers.update(CONTROL)
+        assert (await client.get("/covey/doctor")).json()["nat"] == {"tcp": "open"}
+        ping = await client.post("/covey/ping", json={"member": "kitchen", "count": 3})
+        assert ping.json() == {"name": "kitchen", "sent": 3}
+        lost = await client.post("/covey/ping", json={"member": "attic"})
+        assert lost.status_code == 502
+        assert lost.json()["error"]["code"] == "member_unreachable"
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"member": ""}, {"member": "a", "count": 0}, {"member": "a", "count": 51}]
+)
+async def test_a_ping_has_its_limits(body: dict[str, object]) -> None:
+    async with client_of(FakeService()) as client:
+        client.headers.update(CONTROL)
+        assert (await client.post("/covey/ping", json=body)).status_code == 400
+
+
+async def test_the_doctor_needs_the_control_key() -> None:
+    async with client_of(FakeService(), api_key="key") as client:
+        headers = {"Authorization": "Bearer key"}
+        assert (await client.get("/covey/doctor", headers=headers)).status_code == 401
+        assert (await client.post("/covey/ping", headers=headers)).status_code == 401
+
+
+async def test_members_need_the_control_key() -> None:
+    async with client_of(FakeService(), api_key="key") as client:
+        for headers in ({}, {"Authorization": "Bearer key"}):
+            assert (await client.get("/covey/members", headers=headers)).status_code == 401
+            for what in ("remove", "allow"):
+                answer = await client.post(f"/covey/members/{what}", headers=headers)
+                assert answer.status_code == 401
+
+
 @pytest.mark.parametrize(
     ("query", "status", "param"),
     [

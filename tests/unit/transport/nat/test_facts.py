@@ -18,6 +18,7 @@ from covey.transport.nat.facts import (
     Sighting,
     classify,
     filtering_of,
+    is_near,
     is_public,
     mapping_of,
 )
@@ -97,6 +98,7 @@ FACTS = NatFacts(
     tcp=NatKind.PORT_RESTRICTED,
     port=4000,
     is_reachable=True,
+    reachable_hosts=("11.0.9.9",),
     public_hosts=("11.0.9.9", "2400:c0de::9"),
     mapped_addresses=("11.0.9.9:4000",),
     lan_hosts=("192.168.1.2",),
@@ -174,3 +176,11 @@ def replace_card(**change: object) -> NatCard:
 )
 def test_what_can_be_reached_from_outside(host: str, expected: bool) -> None:
     assert is_public(host) is expected
+
+
+def test_a_member_in_our_own_ipv6_network_is_near() -> None:
+    own = ("192.168.1.2", "2400:c0de:1:2::5")
+    assert is_near("2400:c0de:1:2:3::9", own)
+    assert not is_near("2400:c0de:1:3::9", own)
+    assert not is_near("11.0.0.1", own)
+    assert not is_near("", own)
