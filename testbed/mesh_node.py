@@ -3,8 +3,8 @@
 A transport and nothing above it, so it starts fast. SEED is the identity in hex, SWARM the state of
 the swarm in JSON, PORT what it listens on, on every address; with `maps-ports` after these it asks
 its router to open it, which takes eight seconds where the router knows nothing of that. It reads
-commands and writes what happens, one JSON object a line; `testbed.members` is the other end. What a node would learn from
-its swarm's document it is told. Seconds count from the command to dial.
+commands and writes what happens, one JSON object a line; `testbed.members` is the other end. It is
+told what a node would learn from its swarm's document. Seconds count from the command to dial.
 
     {"do": "learn", "peer": ID, "card": {...}}   what a peer announces, as below
     {"do": "settle", "relays": {ID: HOST}}   link to these and find out the NAT; then "settled"
