@@ -142,7 +142,7 @@ async def main(seed: str, state: str, port: str, *options: str) -> None:
         Mesh(
             identity, swarm, handler=lambda peer, frame: None, listen=listen, on_down=on_down
         ) as mesh,
-        Reach(mesh, swarm) as reach,
+        Reach(mesh, swarm, maps_ports="maps-ports" in options) as reach,
     ):
         down.append(reach)
         await Node(mesh, reach).obey()
