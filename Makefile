@@ -66,7 +66,7 @@ soak: $(KERNELS)
 	cd tests && ../$(BIN)/python -m support.soak --seconds 600
 
 # The labs run in namespaces of their own, without root where user namespaces are allowed.
-# On Debian: apt install iproute2 nftables conntrack ethtool iputils-ping tcpdump miniupnpd
+# On Debian: apt install iproute2 nftables conntrack ethtool iputils-ping tcpdump miniupnpd-nftables
 lab: $(KERNELS)
 	$(BIN)/python -m testbed two-hosts
 
