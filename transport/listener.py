@@ -148,7 +148,7 @@ class Listener:
         while True:
             await asyncio.sleep(0)  # a flood must not keep everything else from happening
             try:
-                connection, address = await _accept_one(listening)
+                connection, address = await accept_one(listening)
             except OSError:
                 # Out of file handles, or the connection was gone before we took it.
                 await asyncio.sleep(_OUT_OF_FILES_S)
@@ -247,7 +247,7 @@ def _bind(host: str, port: int) -> socket.socket:
     return listening
 
 
-async def _accept_one(listening: socket.socket) -> tuple[socket.socket, tuple[str, int]]:
+async def accept_one(listening: socket.socket) -> tuple[socket.socket, tuple[str, int]]:
     """The next connection; `loop.sock_accept` would lose one that comes as it is cancelled."""
     loop = asyncio.get_running_loop()
     while True:

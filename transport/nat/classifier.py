@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from covey.transport.addresses import format_address, parse_address
 from covey.transport.errors import TransportError
+from covey.transport.listener import accept_one
 from covey.transport.messages import (
     DialBack,
     DialledBack,
@@ -328,7 +329,6 @@ class _Arrivals:
         self.nonces: set[bytes] = set()
         self._listening = listening
         self._key = key
-        self._loop = asyncio.get_running_loop()
         self._tasks = Tasks()
         self._tasks.spawn(self._accept(), "arrivals")
 
@@ -339,8 +339,9 @@ class _Arrivals:
     async def _accept(self) -> None:
         while True:
             with suppress(ConnectionError):  # gone before we took it
-                connection, _ = await self._loop.sock_accept(self._listening)
-                self._tasks.spawn(self._read(connection), "arrival")
+                connection, _ = await accept_one(self._listening)
+                reading = self._tasks.spawn(self._read(connection), "arrival")
+                reading.add_done_callback(lambda _, c=connection: c.close())  # type: ignore[misc]
 
     async def _read(self, connection: socket.socket) -> None:
         with connection, suppress(OSError, EOFError, TimeoutError):
