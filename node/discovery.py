@@ -42,7 +42,8 @@ SEEN_FILE = "seen.json"
 RECORD_TTL_S = 3600
 ANNOUNCE_S = 1500.0  # two more tries before the record expires
 RETRY_ANNOUNCE_S = 10.0
-GROWTH = 2.0  # of the swarm, after which we announce anew
+GROWTH = 2.0  # of the swarm, after which we announce anew,
+GROWTH_S = (30.0, 90.0)  # not all at once, and not for each of many who come together
 SEARCH_S = (2.0, 4.0, 8.0, 15.0, 30.0, 60.0)  # between searches of a node with too few links
 FIRST_SEARCH_S = 5.0  # by then at the latest
 CALM_SEARCH_S = 3600.0  # with enough of them
@@ -101,6 +102,7 @@ class Discovery:
         """Set once this node's record stands in the DHT."""
         self._n_contacts = 0  # that answered when we entered the DHT
         self._n_announced_to = 0
+        self._grown_at: float | None = None
         self._sequence = 0  # of our last record
         self.n_found_by_dht = 0
         control.on_discovered(self._found_on_lan)
@@ -296,12 +298,21 @@ class Discovery:
                         peer_id, card.addresses, mapped=card.mapped, relays=card.relays
                     )
                     self._known.add(peer_id)
-            if self.announced.is_set() and len(self._known) > GROWTH * self._n_announced_to:
-                self._announce_now.set()  # those closest to our key are others by now
+            self._announce_to_more()
             n_wanted = N_NEIGHBOURS - len(self._mesh.peers)
             for peer_id in self._absent()[: max(n_wanted, 0)]:
                 self._tasks.spawn(self._dial(peer_id), "dial")
             await asyncio.sleep(REDIAL_S * (0.5 + self._rng.random()))
+
+    def _announce_to_more(self) -> None:
+        """In a swarm that has grown, those closest to our key are others by now."""
+        now = asyncio.get_running_loop().time()
+        if not self.announced.is_set() or len(self._known) <= GROWTH * self._n_announced_to:
+            self._grown_at = None
+        elif self._grown_at is None:
+            self._grown_at = now + self._rng.uniform(*GROWTH_S) * bool(self._n_announced_to)
+        elif now >= self._grown_at:
+            self._announce_now.set()
 
     def _absent(self) -> list[str]:
         """The members to dial, in random order: first those that are said to be alive.

@@ -193,10 +193,15 @@ async def test_it_announces_anew_when_the_swarm_has_doubled(home: Home) -> None:
     world = World()
     async with discovering(world, home):
         await asyncio.sleep(5)
-        for peer_id in OTHERS:
+        world.add_card(OTHERS[0])
+        await asyncio.sleep(10)
+        assert len(world.announced) == 2  # soon: nobody held the first
+        for peer_id in OTHERS[1:]:
             world.add_card(peer_id)
             await asyncio.sleep(5)
-        assert len(world.announced) == 1 + 2  # knowing nobody, one, three
+        assert len(world.announced) == 2
+        await asyncio.sleep(100)
+        assert len(world.announced) == 3  # once for all of them
 
 
 @in_virtual_time
