@@ -104,8 +104,10 @@ class Dialler:
             return await link.wait_carried(RETRY_S)
         try:
             await asyncio.wait({opening})
+        except asyncio.CancelledError:
+            discard(opening)
+            raise
         finally:
-            opening.cancel()
             contact.dial = None
         try:
             carrier, received = opening.result()
@@ -122,3 +124,14 @@ class Dialler:
         else:
             with suppress(TransportError):
                 link.attach(carrier, received)
+
+
+def discard(opening: asyncio.Task[tuple[Link, Receipt]]) -> None:
+    """Nobody waits for a carrier any more: end what comes of it."""
+
+    def end(done: asyncio.Task[tuple[Link, Receipt]]) -> None:
+        if not done.cancelled() and done.exception() is None:
+            done.result()[0].abort(LinkBroken("it came too late"))
+
+    opening.cancel()
+    opening.add_done_callback(end)

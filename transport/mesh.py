@@ -17,15 +17,13 @@ import asyncio
 import logging
 import os
 import socket
-import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from .contact import Contact
-from .dialling import Dialler, RelayWays
+from .dialling import Dialler, RelayWays, discard
 from .errors import (
-    ErrorCode,
     LinkBroken,
     LinkClosed,
     NotAMember,
@@ -33,39 +31,22 @@ from .errors import (
     TransportError,
 )
 from .frame import Frame
-from .handshake import Credentials, accept, hear_hello
+from .handshake import Credentials
 from .identity import Identity
 from .invite import InviteBook
-from .joining import Welcomer, serve_invite
+from .joining import Welcomer
 from .link import Link, LinkKind
-from .listener import Listener, read_preamble
 from .liveness import LivenessRules
 from .membership import Swarm
-from .messages import Admitted, Failure, Hello, Message, Receipt
+from .messages import Hello, Message, Receipt
 from .peer import Handler, Peer
-from .preamble import PreambleGate
+from .reception import Door, Reception
 from .steady.link import SteadyLink
 from .tasks import Tasks
 
 logger = logging.getLogger(__name__)
 
-HOLD_BACK_S = 2.0  # how long another's dial waits for ours to the same peer
 PROBE_S = 1.0  # how long an older link has to show that it lives
-
-
-class Door(Protocol):
-    """Another use of the listening port, told apart by the key that a preamble names."""
-
-    def key_of(self, key_id: bytes) -> bytes | None:
-        """The HMAC key of that id; None if it is not this door's."""
-
-    async def enter(
-        self, connection: socket.socket, key_id: bytes, source: tuple[str, int]
-    ) -> bool:
-        """Take a connection whose preamble was good, and own it; True if it was a member's.
-
-        `source` is the IP address and port it came from.
-        """
 
 
 OnUp = Callable[[Peer], None]
@@ -108,18 +89,22 @@ class Mesh:
         self._identity = identity
         self._credentials = Credentials.of_swarm(swarm, identity)
         self._handler = handler
-        self._invites = invites or InviteBook()
-        self._welcome = welcome
         self._is_allowed = is_allowed
         self._on_up = on_up
         self._on_down = on_down
         self._rules = rules
         self._contacts: dict[str, Contact] = {}
         self._services: dict[type[Message], Handler] = {}
-        self._doors: list[Door] = []
         self._on_path: list[OnUp] = []
-        self.gate = PreambleGate(identity.peer_id, self._preamble_key, opened_at=time.time())
-        self._listener = Listener(listen, self.gate, self._on_connection)
+        self.reception = Reception(
+            identity,
+            listen,
+            self,
+            credentials=lambda: self._credentials,
+            invites=invites or InviteBook(),
+            welcome=welcome,
+            is_allowed=is_allowed,
+        )
         self._tasks = Tasks()
         self._dialler = Dialler(
             self.peer_id, lambda: self._credentials, self._is_allowed, self._tasks
@@ -128,7 +113,7 @@ class Mesh:
 
     async def __aenter__(self) -> Self:
         """Listen. Raises AddressInUse."""
-        self._listener.start()
+        self.reception.start()
         return self
 
     async def __aexit__(
@@ -143,12 +128,12 @@ class Mesh:
     @property
     def addresses(self) -> tuple[str, ...]:
         """Every "host:port" at which another machine may reach this node directly."""
-        return self._listener.addresses
+        return self.reception.addresses
 
     @property
     def bound(self) -> tuple[tuple[str, int], ...]:
         """Host and port of each listening socket; the host may be "0.0.0.0" or "::"."""
-        return self._listener.bound
+        return self.reception.bound
 
     @property
     def peers(self) -> dict[str, Peer]:
@@ -165,7 +150,7 @@ class Mesh:
 
     def add_door(self, door: Door) -> None:
         """Let `door` take connections whose preamble names a key of its own."""
-        self._doors.append(door)
+        self.reception.doors.append(door)
 
     def use_relays(self, ways: RelayWays) -> None:
         """How to reach a peer through relays: `ways(peer_id, relays it announces)`."""
@@ -192,7 +177,7 @@ class Mesh:
             relays: peer ids of members that it keeps a link to, to be reached through.
         """
         if peer_id != self.peer_id:
-            contact = self._contact(peer_id)
+            contact = self.contact(peer_id)
             contact.mapped, contact.relays = tuple(mapped), tuple(relays)
             contact.addresses = tuple(dict.fromkeys((*contact.mapped, *addresses)))
 
@@ -223,7 +208,7 @@ class Mesh:
             raise NotAMember("this peer may not be dialled")
         if self._is_closing:
             raise PeerUnreachable(peer_id, "this node is shutting down")
-        contact = self._contact(peer_id)
+        contact = self.contact(peer_id)
         live = contact.peer
         if live is not None and live.error is None:
             return live
@@ -263,7 +248,7 @@ class Mesh:
     async def aclose(self) -> None:
         """Say goodbye to every peer, flush (bounded time), end all links."""
         self._is_closing = True
-        await self._listener.aclose()
+        await self.reception.aclose()
         closing = [peer.aclose() for peer in self.peers.values()]
         await asyncio.gather(*closing)
         await self._tasks.aclose()
@@ -278,8 +263,12 @@ class Mesh:
             if contact.peer is None:
                 raise PeerUnreachable(peer_id, "it closed the link") from error
         else:
-            await self._replace(contact)
-            self._take_up(SteadyLink(carrier, hello.link), contact)
+            try:
+                await self.replace(contact)
+            except asyncio.CancelledError:
+                carrier.abort(LinkBroken("the dial was given up"))
+                raise
+            self.take_up(SteadyLink(carrier, hello.link), contact)
         finally:
             contact.dial = None
 
@@ -289,7 +278,7 @@ class Mesh:
         Raises:
             TransportError: `make` did; or the link has ended, or went another way meanwhile.
         """
-        contact = self._contact(peer.peer_id)
+        contact = self.contact(peer.peer_id)
         link = contact.link
         if contact.peer is not peer or link is None or contact.moving or contact.dial:
             raise LinkBroken("the link has ended, or is on the move already")
@@ -297,8 +286,10 @@ class Mesh:
         contact.moving = making = self._tasks.spawn(make(hello), "move")
         try:
             await asyncio.wait({making})
+        except asyncio.CancelledError:
+            discard(making)
+            raise
         finally:
-            making.cancel()
             contact.moving = None
         if making.cancelled():
             raise LinkBroken("the link went another way meanwhile")
@@ -332,120 +323,8 @@ class Mesh:
         for peer in self.peers.values():
             self._tasks.spawn(peer.check(), "check a link")
 
-    # --- being dialled -------------------------------------------------------------------------
-
-    def _preamble_key(self, key_id: bytes) -> bytes | None:
-        if key_id == self._credentials.key_id:
-            return self._credentials.preamble_key
-        token = self._invites.token(key_id, unix_time=time.time())
-        if token is not None and self._welcome is not None:
-            return token.preamble_key
-        keys = (door.key_of(key_id) for door in self._doors)
-        return next((key for key in keys if key is not None), None)
-
-    async def _on_connection(
-        self, connection: socket.socket, key_id: bytes, source: tuple[str, int]
-    ) -> bool:
-        for door in self._doors:
-            if door.key_of(key_id) is not None:
-                return await door.enter(connection, key_id, source)
-        token = self._invites.token(key_id, unix_time=time.time())
-        if token is not None and self._welcome is not None:
-            credentials = Credentials.of_token(token, self._identity)
-            link = await accept(connection, credentials, is_allowed=self._is_allowed)
-            return await serve_invite(link, key_id, invites=self._invites, welcome=self._welcome)
-        await self.admit_socket(connection, LinkKind.DIRECT)
-        return True
-
-    async def admit_relayed(self, connection: socket.socket) -> None:
-        """Let somebody in who comes through a relay, as at the listening port; owns the socket.
-
-        Raises:
-            TransportError: it is not let in.
-        """
-        key_id = await read_preamble(connection, self.gate)
-        await self.admit_keyed(connection, key_id, LinkKind.RELAYED)
-
-    async def admit_keyed(self, connection: socket.socket, key_id: bytes, kind: LinkKind) -> None:
-        """Let a member in whose preamble named `key_id`; owns the socket.
-
-        Raises:
-            TransportError: it is not let in.
-        """
-        if key_id != self._credentials.key_id:
-            connection.close()
-            raise LinkBroken("the key is not that of members")
-        await self.admit_socket(connection, kind)
-
-    async def admit_socket(self, connection: socket.socket, kind: LinkKind) -> None:
-        """Let a member in on a connected socket whose preamble was good; owns the socket.
-
-        Raises:
-            TransportError: it is not let in.
-        """
-        carrier = await accept(
-            connection, self._credentials, is_allowed=self._is_allowed, kind=kind
-        )
-        await self.admit(carrier)
-
-    async def admit(self, carrier: Link) -> None:
-        """Take a carrier that the peer has begun, for a new link or for the one it has.
-
-        Raises:
-            TransportError: the peer did not say which.
-        """
-        hello = await hear_hello(carrier)
-        contact = self._contact(carrier.peer_id)
-        is_admitted = False
-        try:
-            async with contact.arrivals:
-                n_moves = contact.link.n_moves if contact.link is not None else 0
-                if self.peer_id < carrier.peer_id:
-                    await self._hold_back(contact)
-                if hello.is_new:
-                    is_admitted = await self._admit_new(carrier, hello, contact)
-                else:
-                    is_admitted = self._admit_again(carrier, hello, contact, n_moves)
-                for other in (contact.dial, contact.moving) if is_admitted else ():
-                    if other is not None:
-                        other.cancel()  # it got nowhere, and would replace this carrier
-        finally:
-            if not is_admitted:
-                await carrier.aclose()
-
-    async def _admit_new(self, carrier: Link, hello: Hello, contact: Contact) -> bool:
-        """Decide between a link that came in and one that we have or are about to have."""
-        if await self._still_lives(contact):
-            return False  # the dialler has a live link to us, and finds it when this one closes
-        await self._replace(contact)
-        if carrier.peer_id == self.peer_id or not self._is_allowed(carrier.peer_id):
-            carrier.post(Frame(message=Failure(code=ErrorCode.NOT_A_MEMBER)))
-            return False
-        carrier.post(Frame(message=Admitted()))
-        self._take_up(SteadyLink(carrier, hello.link), contact)
-        return True
-
-    def _admit_again(self, carrier: Link, hello: Hello, contact: Contact, n_moves: int) -> bool:
-        """Go on with a link on the carrier that the peer has found for it."""
-        link = contact.link
-        if link is None or link.id != hello.link or link.error is not None:
-            carrier.post(Frame(message=Failure(code=ErrorCode.UNKNOWN_LINK)))
-            return False
-        if not self._is_allowed(carrier.peer_id):
-            carrier.post(Frame(message=Failure(code=ErrorCode.NOT_A_MEMBER)))
-            return False
-        if link.n_moves != n_moves:
-            return False  # our own dial was first
-        carrier.post(Frame(message=Admitted(received=link.receipt)))
-        link.attach(carrier, hello.received)
-        return True
-
-    async def _hold_back(self, contact: Contact) -> None:
-        """Our own dial goes first, if it gets anywhere soon."""
-        if contact.dial is not None:
-            await asyncio.wait({contact.dial}, timeout=HOLD_BACK_S)
-
-    async def _still_lives(self, contact: Contact) -> bool:
+    async def still_lives(self, contact: Contact) -> bool:
+        """Whether the link to a peer, if any, gives a sign of life now."""
         if contact.peer is None:
             return False
         try:
@@ -456,13 +335,14 @@ class Mesh:
 
     # --- links that stand ------------------------------------------------------------------------
 
-    async def _replace(self, contact: Contact) -> None:
+    async def replace(self, contact: Contact) -> None:
         """Make way for a new link: the old one's end is told before the new one's beginning."""
         while contact.peer is not None and contact.run is not None:
             contact.peer.abort(LinkBroken("a newer link to the peer took its place"))
             await asyncio.wait({contact.run})
 
-    def _take_up(self, link: SteadyLink, contact: Contact) -> None:
+    def take_up(self, link: SteadyLink, contact: Contact) -> None:
+        """Begin with a new link; there is no other to the peer."""
         peer = Peer(link, self._dispatch, rules=self._rules)
         contact.peer, contact.link = peer, link
         contact.up.set()
@@ -503,7 +383,8 @@ class Mesh:
     def _dispatch(self, peer: Peer, frame: Frame) -> None:
         self._services.get(type(frame.message), self._handler)(peer, frame)
 
-    def _contact(self, peer_id: str) -> Contact:
+    def contact(self, peer_id: str) -> Contact:
+        """What is known of a peer."""
         return self._contacts.setdefault(peer_id, Contact())
 
 

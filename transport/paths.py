@@ -91,7 +91,7 @@ async def open_path(
     except TimeoutError:
         pass
     finally:
-        await race.aclose()
+        race.close()
     listed = "; ".join(f"{name} {reason}" for name, reason in reasons.items())
     raise PeerUnreachable(peer_id, listed, refused=refused)
 
@@ -151,11 +151,10 @@ class _Race:
         """A way, and a connected socket or why there is none."""
         return await self._outcomes.get()
 
-    async def aclose(self) -> None:
-        """Give up the rest."""
+    def close(self) -> None:
+        """Give up the rest; does not wait, so that what was won cannot be lost meanwhile."""
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
         while not self._outcomes.empty():
             _, outcome = self._outcomes.get_nowait()
             if isinstance(outcome, socket.socket):

@@ -194,7 +194,7 @@ class Reach:
         return await self.client.open(peer_id, relay, deadline_s=RELAY_S)
 
     async def _came_through_relay(self, connection: socket.socket, origin: str) -> None:
-        await self._mesh.admit_relayed(connection)
+        await self._mesh.reception.admit_relayed(connection)
 
     def _answer_host(self, peer: Peer, frame: Frame) -> None:
         if not isinstance(frame.message, HostRequest) or frame.request is None:

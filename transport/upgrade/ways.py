@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Literal
 
+from covey.transport.addresses import parse_address
 from covey.transport.errors import (
     ErrorCode,
     LinkTimeout,
@@ -151,7 +152,10 @@ class Leader(_End):
                 case _:
                     return await self._punch(peer, attempt.kind, hello, theirs)
 
-        await self._mesh.move(peer, carrier)
+        try:
+            await self._mesh.move(peer, carrier)
+        except ValueError as error:  # an address that no single machine has
+            raise MalformedFrame("the peer named an address that is none") from error
 
     async def _reverse(self, peer: Peer, attempt: Attempt) -> None:
         """Ask the peer to dial us, and wait for what comes of it."""
@@ -266,7 +270,7 @@ class Follower(_End):
                     ready()
                     hosts = list(self._facts_of(peer).public_hosts)
                     carrier = await self._open_rtc(peer, texts, is_dialer=False, hosts=hosts)
-                await mesh.admit(carrier)
+                await mesh.reception.admit(carrier)
             case "birthday_hard":
                 connections = birthday_hard(_first(addresses))
                 ready()
@@ -303,8 +307,8 @@ class Follower(_End):
     async def _accept_punched(self, peer: Peer, connections: Connections) -> None:
         await asyncio.sleep((peer.rtt_s or 0.0) / 2)  # the other end hears of it then
         mesh = self._mesh
-        connection, key_id = await acceptor_end(connections, mesh.gate)
-        await mesh.admit_keyed(connection, key_id, LinkKind.PUNCHED)
+        connection, key_id = await acceptor_end(connections, mesh.reception.gate)
+        await mesh.reception.admit_keyed(connection, key_id, LinkKind.PUNCHED)
 
 
 async def confirmed_host(mesh: Mesh, peer: Peer, facts: NatFacts) -> str:
@@ -346,8 +350,12 @@ async def _ask(peer: Peer, attempt: _Request, addresses: Sequence[str] = ()) -> 
     ready = (await peer.request(wanted, timeout_s=READY_S)).message
     if not isinstance(ready, PathReady):
         raise MalformedFrame("the peer did not say that it begins")
-    if attempt in ("punch", "birthday_easy") and ready.address is None:
-        raise MalformedFrame("the peer did not say where its port is seen")
+    if attempt not in ("punch", "birthday_easy"):
+        return ""
+    try:
+        parse_address(ready.address or "")
+    except ValueError as error:
+        raise MalformedFrame("the peer did not say where its port is seen") from error
     return ready.address or ""
 
 

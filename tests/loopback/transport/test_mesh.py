@@ -15,7 +15,7 @@ from contextlib import AsyncExitStack, suppress
 
 import pytest
 
-from covey.transport import mesh, stream_link
+from covey.transport import reception, stream_link
 from covey.transport.errors import (
     AddressInUse,
     ErrorCode,
@@ -93,7 +93,7 @@ async def test_simultaneous_dials_give_one_link_and_lose_nothing(stack: AsyncExi
 async def test_a_dial_that_gets_nowhere_does_not_keep_the_peer_out(
     stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mesh, "HOLD_BACK_S", 0.2)
+    monkeypatch.setattr(reception, "HOLD_BACK_S", 0.2)
     a, b = await swarm_of(stack, 2)
     with socket.create_server(("127.0.0.1", 0)) as black_hole:
         a.mesh.learn(b.id, [f"127.0.0.1:{black_hole.getsockname()[1]}"])

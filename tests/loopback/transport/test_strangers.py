@@ -113,7 +113,7 @@ async def test_one_byte_at_a_time_is_cut_off_at_the_deadline(
     assert await read_to_the_end(connection) == b""
     assert time.monotonic() - began_at < 1.0
     dripping.cancel()
-    assert not node.mesh._listener._silent
+    assert not node.mesh.reception._listener._silent
 
 
 async def test_an_address_runs_out_of_failures_before_anything_is_checked(
@@ -121,14 +121,14 @@ async def test_an_address_runs_out_of_failures_before_anything_is_checked(
 ) -> None:
     a, b = await swarm_of(stack, 2)
     judged = 0
-    judge = a.mesh._listener._gate.judge
+    judge = a.mesh.reception._listener._gate.judge
 
     def counting(data: bytes, *, unix_time: float) -> object:
         nonlocal judged
         judged += 1
         return judge(data, unix_time=unix_time)
 
-    monkeypatch.setattr(a.mesh._listener._gate, "judge", counting)
+    monkeypatch.setattr(a.mesh.reception._listener._gate, "judge", counting)
     for _ in range(3 * BUDGET):
         connection = await connected(a)
         with suppress(OSError):
@@ -160,7 +160,7 @@ async def test_ten_thousand_half_open_dials_keep_no_member_out(stack: AsyncExitS
         held.append(await connected(a, f"127.0.{1 + source // 250}.{1 + source % 250}"))
         if len(held) > HELD:
             held.pop(0).close()
-        n_kept_max = max(n_kept_max, len(a.mesh._listener._silent))
+        n_kept_max = max(n_kept_max, len(a.mesh.reception._listener._silent))
         if n % 1000 == 999:
             began_at = time.monotonic()
             peer = await b.mesh.peer(a.id)  # a new link in the middle of it
@@ -178,7 +178,7 @@ async def test_ten_thousand_half_open_dials_keep_no_member_out(stack: AsyncExitS
     assert n_fds <= MAX_SILENT + 8
     assert slowest_s < 2.0
     assert process.memory_info().rss - rss_before < 32 << 20
-    assert len(a.mesh._listener._budget._buckets) <= MAX_TRACKED
+    assert len(a.mesh.reception._listener._budget._buckets) <= MAX_TRACKED
 
 
 async def test_a_member_of_another_epoch_is_a_stranger(stack: AsyncExitStack) -> None:
