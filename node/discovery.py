@@ -42,13 +42,15 @@ SEEN_FILE = "seen.json"
 RECORD_TTL_S = 3600
 ANNOUNCE_S = 1500.0  # two more tries before the record expires
 RETRY_ANNOUNCE_S = 10.0
-GROWTH = 2.0  # of the swarm, after which we announce anew
+GROWTH = 2.0  # of the swarm, after which we announce anew,
+GROWTH_S = (30.0, 90.0)  # not all at once, and not for each of many who come together
 SEARCH_S = (2.0, 4.0, 8.0, 15.0, 30.0, 60.0)  # between searches of a node with too few links
 FIRST_SEARCH_S = 5.0  # by then at the latest
 CALM_SEARCH_S = 3600.0  # with enough of them
 LOOK_S = 2.0  # whether there are still enough
 N_ENOUGH = 2
 REDIAL_S = 2.0
+REST_S = (2.0, 60.0)  # after the first dial in vain, and at most
 N_AT_ONCE = 4  # members whose control planes are dialled together
 MAX_FOUND_WAYS = 32
 N_CONTACTS = 3  # members whose control planes answer: enough to begin with
@@ -92,12 +94,15 @@ class Discovery:
         self._on_failed = on_failed
         self._tasks = Tasks()
         self._known = {member.peer_id for member in self._given if is_allowed(member.peer_id)}
+        self._in_vain: dict[str, tuple[float, float]] = {}  # peer -> (rest, until when)
         self._hurry = asyncio.Event()
         self._announce_now = asyncio.Event()
         self._has_tried = asyncio.Event()  # to announce, so that the DHT is entered if it can be
         self.announced = asyncio.Event()
         """Set once this node's record stands in the DHT."""
+        self._n_contacts = 0  # that answered when we entered the DHT
         self._n_announced_to = 0
+        self._grown_at: float | None = None
         self._sequence = 0  # of our last record
         self.n_found_by_dht = 0
         control.on_discovered(self._found_on_lan)
@@ -125,6 +130,7 @@ class Discovery:
     def forget(self, peer_id: str) -> None:
         """Do not dial a member that was removed any more."""
         self._known.discard(peer_id)
+        self._in_vain.pop(peer_id, None)
         self._seen.forget(peer_id)
 
     def hurry(self) -> None:
@@ -159,8 +165,8 @@ class Discovery:
             ControlError: it does not stand there.
         """
         await self._control.set_reachable(is_reachable=self._is_reachable is not False)
-        if not self.announced.is_set():
-            await self._enter_dht()
+        if not (self.announced.is_set() and self._n_contacts):
+            self._n_contacts = await self._enter_dht()
         try:
             await self._control.announce(self._own_record())
         except RecordOutdated as error:  # of an earlier life, whose clock was ahead
@@ -292,24 +298,40 @@ class Discovery:
                         peer_id, card.addresses, mapped=card.mapped, relays=card.relays
                     )
                     self._known.add(peer_id)
-            if self.announced.is_set() and len(self._known) > GROWTH * self._n_announced_to:
-                self._announce_now.set()  # those closest to our key are others by now
+            self._announce_to_more()
             n_wanted = N_NEIGHBOURS - len(self._mesh.peers)
             for peer_id in self._absent()[: max(n_wanted, 0)]:
                 self._tasks.spawn(self._dial(peer_id), "dial")
             await asyncio.sleep(REDIAL_S * (0.5 + self._rng.random()))
 
+    def _announce_to_more(self) -> None:
+        """In a swarm that has grown, those closest to our key are others by now."""
+        now = asyncio.get_running_loop().time()
+        if not self.announced.is_set() or len(self._known) <= GROWTH * self._n_announced_to:
+            self._grown_at = None
+        elif self._grown_at is None:
+            self._grown_at = now + self._rng.uniform(*GROWTH_S) * bool(self._n_announced_to)
+        elif now >= self._grown_at:
+            self._announce_now.set()
+
     def _absent(self) -> list[str]:
-        """The members without a link, in random order: first those that are said to be alive."""
-        absent = sorted(self._known - self._mesh.peers.keys() - {self._own})
-        live = self._live()
+        """The members to dial, in random order: first those that are said to be alive.
+
+        Others are left in peace for a while after each dial in vain; the dead stay members.
+        """
+        live, now = self._live(), asyncio.get_running_loop().time()
+        resting = {peer for peer, (_, until) in self._in_vain.items() if until > now} - live
+        absent = sorted(self._known - self._mesh.peers.keys() - resting - {self._own})
         return sorted(self._rng.sample(absent, len(absent)), key=lambda peer: peer not in live)
 
     async def _dial(self, peer_id: str) -> None:
         try:
             await self._mesh.peer(peer_id)
+            self._in_vain.pop(peer_id, None)
         except TransportError as error:
             logger.debug("not reached: %s", error, extra={"peer": peer_id[-8:]})
+            rest_s = min(2 * self._in_vain.get(peer_id, (REST_S[0] / 2, 0.0))[0], REST_S[1])
+            self._in_vain[peer_id] = (rest_s, asyncio.get_running_loop().time() + rest_s)
             self._on_failed(peer_id, error)
 
     async def _remember_for_ever(self) -> None:

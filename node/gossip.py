@@ -21,7 +21,7 @@ from contextlib import suppress
 from covey.store.awareness import Awareness, News, Suspicion, Told
 from covey.store.errors import UpdateRejected
 from covey.store.replica import Replica
-from covey.store.sync import SyncSession
+from covey.store.sync import SyncSession, is_batch, is_summary
 from covey.transport.errors import LinkTimeout, MalformedFrame, TransportError
 from covey.transport.frame import Tensor
 from covey.transport.mesh import Mesh
@@ -37,7 +37,7 @@ N_CHOSEN = 3  # of them, it gossips with these, and with those who chose it
 STEP_S = 0.5
 SHORTEST_TTL_S = 5  # five beats: one lost or late beat is not a death
 MAX_BEAT_PERIOD_S = 1200.0
-PROBE_S = (1.0, 2.0)  # between two probes of links, in a swarm of a few and of many
+PROBE_S = (1.0, 3.0)  # between two probes of links, in a swarm of a few and of many
 A_FEW = 8
 ANSWER_S = 1.5  # to a probe, and
 PATIENCE = 4.0  # times what the link takes and what this machine, being busy, is late itself:
@@ -49,6 +49,7 @@ RETURN_S = 0.2  # a link that broke because a newer one took its place is back w
 SUMMARY_S = 10.0  # to one chosen neighbour in turn, in case something was lost
 CHOICE_S = 60.0  # whoever gossips with us has chosen us for this long
 QUIET_S = 0.02  # changes within this time are announced together
+PULL_S = 0.5  # how long other summaries wait for the answer to one
 MAX_SYNC_PER_S = 100  # messages taken from one peer; what is dropped, the next summary repairs
 MAX_NEWS_PER_S = 100
 
@@ -127,6 +128,8 @@ class Gossip:
         self._news_allowances: dict[str, Allowance] = {}
         self._chosen: set[str] = set()
         self._chose_us_at: dict[str, float] = {}
+        self._pulling_until = 0.0
+        self._later: dict[str, bytes] = {}  # the last summary of each peer that waits
         self._next_beat_at = 0.0
         self._beat_at = float("-inf")
         self._told_state: dict[str, object] = {}  # with the last beat
@@ -161,6 +164,7 @@ class Gossip:
         self._news_allowances.pop(peer_id, None)
         self._chosen.discard(peer_id)
         self._chose_us_at.pop(peer_id, None)
+        self._later.pop(peer_id, None)
         self._choose_neighbours()
         if is_failure:
             self._tasks.spawn(self._suspect_unless_back(peer_id), "suspicion")
@@ -338,11 +342,38 @@ class Gossip:
         if not allowance.take(self._clock()):
             logger.debug("too many store messages at once", extra={"peer": sender[-8:]})
             return
+        if is_summary(message.body) and self._clock() < self._pulling_until:
+            self._later[sender] = message.body
+            return
+        self._answer(sender, message.body)
+        if is_batch(message.body):
+            self._pulling_until = 0.0
+            self._answer_later()
+
+    def _answer(self, sender: str, body: bytes) -> None:
         session = self._sessions.setdefault(sender, SyncSession(self._replica))
         try:
-            answers = session.receive(message.body)
+            answers = session.receive(body)
         except UpdateRejected as error:
             raise MalformedFrame(str(error)) from error
-        if answers:
-            replies = [StoreSync(body=answer) for answer in answers]
-            self._tasks.spawn(self._send(sender, *replies), "store answer")
+        if not answers:
+            return
+        if is_summary(body):
+            # News come from several sides at once: they are had from one, the others wait for it.
+            self._pulling_until = self._clock() + PULL_S
+            self._tasks.spawn(self._stop_waiting(), "summaries that wait")
+        replies = [StoreSync(body=answer) for answer in answers]
+        self._tasks.spawn(self._send(sender, *replies), "store answer")
+
+    async def _stop_waiting(self) -> None:
+        await asyncio.sleep(PULL_S)
+        self._answer_later()
+
+    def _answer_later(self) -> None:
+        """Look at the summaries that have waited; most say by now what we hold ourselves."""
+        for sender in list(self._later):
+            if self._clock() < self._pulling_until:
+                return
+            body = self._later.pop(sender)
+            if sender in self._sessions:
+                self._answer(sender, body)

@@ -175,8 +175,9 @@ class Planning:
         self._publish_profiles()
 
     def _publish_profiles(self) -> None:
-        record = device_record(self._devices)
-        self._node.replica.set(record.key, record.to_value())
+        record, replica = device_record(self._devices), self._node.replica
+        if self._devices or replica.get(self._node.peer_id, record.key) is not None:
+            replica.set(record.key, record.to_value())
 
     def _state(self, model: LocalModel) -> ModelState:
         return read_state(self._node.views, model.digest, model.checkpoint.config.n_blocks)

@@ -30,6 +30,10 @@ MAX_MESSAGE_BYTES = 256 * 1024
 MAX_ENVELOPES_PER_BATCH = 128  # 30 ms: 230 us each to verify, apply and store (2-core x86)
 MAX_REPLY_BYTES = 1024 * 1024  # sent for one hello; more needs another
 
+# Version, length of the array, tag; and the head of the one field that a summary has.
+_SUMMARY_HEAD = bytes([FORMAT_VERSION]) + b"\x92\xa7summary\xc4" + bytes([DIGEST_BYTES])
+_SUMMARY_BYTES = len(_SUMMARY_HEAD) + DIGEST_BYTES
+_BATCH_HEAD = bytes([FORMAT_VERSION]) + b"\x93\xa5batch"
 _BATCH_OVERHEAD_BYTES = 32
 _ENVELOPE_OVERHEAD_BYTES = 5  # msgpack head of a byte string
 
@@ -114,6 +118,16 @@ class SyncSession:
 
     def _answering_hello(self) -> bytes:
         return _encode(Hello(self._replica.state_vector(), is_answer=True))
+
+
+def is_summary(message: bytes) -> bool:
+    """Whether a message is a summary, which `receive` then never refuses."""
+    return message.startswith(_SUMMARY_HEAD) and len(message) == _SUMMARY_BYTES
+
+
+def is_batch(message: bytes) -> bool:
+    """Whether a message is, or claims to be, a batch."""
+    return message.startswith(_BATCH_HEAD)
 
 
 def _batches(envelopes: Iterable[bytes]) -> list[Batch]:

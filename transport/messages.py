@@ -292,7 +292,7 @@ class StoreSync(Message, tag="store", frozen=True, kw_only=True):
 
 
 class Beat(Message, tag="beat", frozen=True, kw_only=True):
-    """One signed liveness beat, opaque here (`store/awareness.py`)."""
+    """News of lives: signed beats and suspicions, opaque here (`store/awareness.py`)."""
 
     body: Annotated[bytes, Meta(max_length=4096)]
 

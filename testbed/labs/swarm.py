@@ -34,7 +34,7 @@ ANNOUNCE_S, SEARCH_S = 1500.0, 3600.0
 def add_options(parser: argparse.ArgumentParser) -> None:
     """How many, how long."""
     parser.add_argument("--nodes", type=int, default=50)
-    parser.add_argument("--settle", type=float, default=60.0, help="seconds before the idle ones")
+    parser.add_argument("--settle", type=float, default=90.0, help="seconds before the idle ones")
     parser.add_argument("--idle", type=float, default=120.0, help="seconds of idling")
     parser.add_argument("--lookups", type=int, default=200)
 

@@ -11,11 +11,12 @@ from covey.store.document import Document
 from covey.store.envelope import MAX_SEQUENCE, Envelope, Kind, decode, encode
 from covey.store.errors import RecordMalformed, UpdateRejected
 from covey.store.state_vector import Held, decode_vector, encode_vector
-from covey.store.sync import SyncSession
+from covey.store.sync import SyncSession, is_summary
 from covey.store.values import decode_value, encode_value
 from support.swarm_keys import SWARM, is_member, replica_of, sealed, signer, verify
 
 authors = st.text("abcQm1", min_size=1, max_size=64)
+SUMMARY = b"\x01\x92\xa7summary\xc4\x10"
 any_bytes = st.one_of(
     st.binary(max_size=200), st.binary(max_size=200).map(lambda tail: bytes([1]) + tail)
 )
@@ -64,6 +65,12 @@ def test_any_bytes_leave_a_sync_session_standing(data: bytes) -> None:
         answers = []
     assert len(answers) <= 2
     assert replica.state_vector() == before
+
+
+@given(st.one_of(any_bytes, st.binary(min_size=12, max_size=20).map(lambda end: SUMMARY + end)))
+def test_what_looks_like_a_summary_is_never_refused(data: bytes) -> None:
+    if is_summary(data):
+        SyncSession(replica_of("alice")).receive(data)
 
 
 @given(any_bytes)

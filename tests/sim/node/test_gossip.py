@@ -24,6 +24,7 @@ from covey.node.gossip import (
 from covey.node.switch import Switch
 from covey.store.awareness import MAX_TTL_S, Awareness, News, Suspicion
 from covey.store.replica import Replica
+from covey.store.sync import SyncSession, is_batch
 from covey.transport.errors import LinkBroken, LinkTimeout, ProtocolViolation
 from covey.transport.mesh import Mesh
 from covey.transport.messages import AnyMessage, Beat, StoreSync
@@ -159,6 +160,41 @@ def test_a_change_reaches_the_far_end_within_a_second() -> None:
             members["a"].replica.set("key", {"n": 1})
             await asyncio.sleep(1)
             assert members["e"].replica.get("a", "key") == {"n": 1}
+
+    simulate(scenario)
+
+
+def test_news_from_several_sides_at_once_are_had_from_one() -> None:
+    async def scenario() -> None:
+        wire, batches = Wire(), Counter[str]()
+        async with ring_of("abcdef", wire) as members:
+            await asyncio.sleep(30)
+
+            def count(message: AnyMessage) -> bool:
+                batches["all"] += isinstance(message, StoreSync) and is_batch(message.body)
+                return False
+
+            wire.drops = count
+            members["a"].replica.set("key", {"n": 1})
+            await asyncio.sleep(3)
+            assert all(m.replica.get("a", "key") == {"n": 1} for m in members.values())
+            assert batches["all"] == 5
+
+    simulate(scenario)
+
+
+def test_who_says_nonsense_while_others_are_answered_ends_no_link_but_its_own() -> None:
+    async def scenario() -> None:
+        wire = Wire()
+        async with line_of("abc", wire) as members:
+            await asyncio.sleep(30)
+            members["a"].replica.set("key", {"n": 1})
+            wire.deliver("a", "b", StoreSync(body=SyncSession(members["a"].replica).summary()))
+            wire.deliver("c", "b", StoreSync(body=b"\x01\x92\xa7summary\xc4\x0f" + bytes(15)))
+            assert len(wire.violations) == 1  # there and then, as it is read
+            await asyncio.sleep(3)
+            assert len(wire.violations) == 1
+            assert members["c"].replica.get("a", "key") == {"n": 1}
 
     simulate(scenario)
 

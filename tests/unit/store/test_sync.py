@@ -9,7 +9,13 @@ import pytest
 from covey.store.document import Document
 from covey.store.errors import RejectReason, UpdateRejected
 from covey.store.replica import Replica
-from covey.store.sync import MAX_ENVELOPES_PER_BATCH, MAX_MESSAGE_BYTES, SyncSession
+from covey.store.sync import (
+    MAX_ENVELOPES_PER_BATCH,
+    MAX_MESSAGE_BYTES,
+    SyncSession,
+    is_batch,
+    is_summary,
+)
 from support.swarm_keys import replica_of, sealed
 
 
@@ -53,6 +59,16 @@ def test_a_summary_is_answered_only_by_who_holds_something_else() -> None:
     at_bob.receive(batch)
     assert alice.state_vector() == bob.state_vector()
     assert at_bob.receive(at_alice.summary()) == at_alice.receive(at_bob.summary()) == []
+
+
+def test_messages_are_told_apart_unread() -> None:
+    alice = replica_of("alice")
+    alice.set("a", {})
+    session = SyncSession(alice)
+    (batch,) = session.receive(SyncSession(replica_of("bob")).hello())
+    assert [is_summary(m) for m in (session.summary(), session.hello(), batch)] == [1, 0, 0]
+    assert [is_batch(m) for m in (session.summary(), session.hello(), batch)] == [0, 0, 1]
+    assert not is_summary(session.summary() + b"x")
 
 
 def test_a_batch_without_news_is_not_answered() -> None:
