@@ -7,7 +7,8 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 KERNELS = $(VENV)/.kernels
 
-.PHONY: setup demo test test-arm lint format fuzz lab build bench-pipeline bench-engine bench-transport clean
+.PHONY: setup demo test test-arm lint format fuzz soak build clean \
+    lab lab-nat lab-paths lab-swarm lab-links bench-pipeline bench-transport bench-engine
 
 MODEL ?= smollm2
 
@@ -60,8 +61,29 @@ fuzz: $(KERNELS)
 	    bin/python ../tests/fuzz/fuzz.py $$target -max_total_time=60 -verbosity=0 || exit 1; \
 	done
 
+# Ten minutes of calls, cancellations and deaths over the bridge between the two event loops.
+soak: $(KERNELS)
+	cd tests && ../$(BIN)/python -m support.soak --seconds 600
+
+# The labs run in namespaces of their own, without root where user namespaces are allowed.
+# On Debian: apt install iproute2 nftables conntrack ethtool iputils-ping tcpdump miniupnpd
 lab: $(KERNELS)
-	$(BIN)/python -m testbed
+	$(BIN)/python -m testbed two-hosts
+
+# Two members behind every pair of NAT kinds; about twenty minutes.
+lab-nat: $(KERNELS)
+	$(BIN)/python -m testbed nat --matrix
+
+# Links that move, relays that die, networks that change, while a text is generated.
+lab-paths: $(KERNELS)
+	$(BIN)/python -m testbed paths
+
+# Fifty nodes on this machine.
+lab-swarm: $(KERNELS)
+	$(BIN)/python -m testbed swarm
+
+lab-links: $(KERNELS)
+	$(BIN)/python -m testbed links
 
 bench-pipeline: $(KERNELS)
 	$(BIN)/python -m benchmarks.bench_pipeline

@@ -51,23 +51,23 @@ def _render_doctor(facts: dict[str, Any], *, verbose: bool) -> None:
     nat = facts["nat"]
     out.print(f"NAT for TCP: {_words(nat['tcp'])}, for UDP: {_words(nat['udp'])}")
     where = f"listening on port {nat['port']}, on this network at {_listed(nat['lan_hosts'])}"
-    out.print(where, markup=False)
+    out.print(where, markup=False, soft_wrap=True)
     out.print(f"seen from outside as {_listed(nat['public_hosts'])}")
     if facts["relays"]:
         names = _listed([relay["name"] or relay["peer_id"][-8:] for relay in facts["relays"]])
-        out.print(f"reached through {names}", markup=False)
+        out.print(f"reached through {names}", markup=False, soft_wrap=True)
     out.print()
     for finding in facts["findings"]:
-        out.print(f"- {finding['says']}", markup=False)
+        out.print(f"- {finding['says']}", markup=False, soft_wrap=True)
         if finding["advice"]:
-            out.print(f"  What helps: {finding['advice']}", markup=False)
+            out.print(f"  What helps: {finding['advice']}", markup=False, soft_wrap=True)
     if facts["members"]:
         out.print()
         rows = [_member_row(member) for member in facts["members"]]
         table("Members", ("name", "peer", "link", "RTT", "address"), rows)
         for member in facts["members"]:
             _render_trouble(member)
-    if verbose:
+    if verbose and facts["steps"]:
         out.print()
         rows = [(step["test"], step["observer"] or "-", step["outcome"]) for step in facts["steps"]]
         table("Tests", ("test", "with", "outcome"), rows)
@@ -87,25 +87,27 @@ def _member_row(member: dict[str, Any]) -> tuple[str, ...]:
 def _render_trouble(member: dict[str, Any]) -> None:
     """What was tried in vain, where there is no link or only one through a relay."""
     if member["error"]:
-        out.print(f"\n{member['name']}: {member['error']}", markup=False)
+        out.print(f"\n{member['name']}: {member['error']}", markup=False, soft_wrap=True)
     if member["link"] is None or member["link"]["kind"] != "relayed":
         return
     if not member["tried"]:
         text = f"\n{member['name']} is reached through a relay; nothing else was tried from here"
-        out.print(text, markup=False)
+        out.print(text, markup=False, soft_wrap=True)
         return
-    out.print(f"\n{member['name']} is reached through a relay; tried last:", markup=False)
+    out.print(
+        f"\n{member['name']} is reached through a relay; tried last:", markup=False, soft_wrap=True
+    )
     for tried in member["tried"]:
         way = WAYS.get(tried["way"], tried["way"])
         outcome = tried["failure"] or "it worked, and was lost since"
-        out.print(f"- {way}, {tried['took_s']:.1f} s: {outcome}", markup=False)
+        out.print(f"- {way}, {tried['took_s']:.1f} s: {outcome}", markup=False, soft_wrap=True)
 
 
 def _render_ping(facts: dict[str, Any]) -> None:
     link = facts["link"]
     where = link["address"] or link["host"]
     kind = f"{link['kind']} link" + (f", {where}" if where else "")
-    out.print(f"{facts['name']} ({facts['peer_id'][-8:]}): {kind}", markup=False)
+    out.print(f"{facts['name']} ({facts['peer_id'][-8:]}): {kind}", markup=False, soft_wrap=True)
     lost = 1 - facts["answered"] / facts["sent"]
     out.print(f"{facts['answered']} of {facts['sent']} answered in time, {lost:.0%} lost")
     if facts["answered"]:
@@ -120,4 +122,4 @@ def _words(kind: str) -> str:
 
 
 def _listed(items: list[str]) -> str:
-    return ", ".join(items) or "nothing known"
+    return ", ".join(items) or "not known"

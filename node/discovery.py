@@ -19,7 +19,13 @@ from collections.abc import Callable, Iterable, Sequence
 
 from covey.store.views import Views
 from covey.transport.control import ControlPlane
-from covey.transport.control_records import MAX_MAPPED, MAX_RELAYS, ControlError, PeerRecord
+from covey.transport.control_records import (
+    MAX_MAPPED,
+    MAX_RELAYS,
+    ControlError,
+    PeerRecord,
+    RecordOutdated,
+)
 from covey.transport.errors import TransportError
 from covey.transport.mesh import Mesh
 from covey.transport.messages import MemberEntry
@@ -39,7 +45,7 @@ RETRY_ANNOUNCE_S = 10.0
 GROWTH = 2.0  # of the swarm, after which we announce anew
 SEARCH_S = (2.0, 4.0, 8.0, 15.0, 30.0, 60.0)  # between searches of a node with too few links
 FIRST_SEARCH_S = 5.0  # by then at the latest
-CALM_SEARCH_S = 1800.0  # with enough of them
+CALM_SEARCH_S = 3600.0  # with enough of them
 LOOK_S = 2.0  # whether there are still enough
 N_ENOUGH = 2
 REDIAL_S = 2.0
@@ -92,6 +98,7 @@ class Discovery:
         self.announced = asyncio.Event()
         """Set once this node's record stands in the DHT."""
         self._n_announced_to = 0
+        self._sequence = 0  # of our last record
         self.n_found_by_dht = 0
         control.on_discovered(self._found_on_lan)
 
@@ -154,7 +161,11 @@ class Discovery:
         await self._control.set_reachable(is_reachable=self._is_reachable is not False)
         if not self.announced.is_set():
             await self._enter_dht()
-        await self._control.announce(self._own_record())
+        try:
+            await self._control.announce(self._own_record())
+        except RecordOutdated as error:  # of an earlier life, whose clock was ahead
+            self._sequence = error.sequence
+            await self._control.announce(self._own_record())
         self._n_announced_to = len(self._known)
         self.announced.set()
 
@@ -198,12 +209,13 @@ class Discovery:
 
     def _own_record(self) -> PeerRecord:
         now = time.time()
+        self._sequence = max(self._sequence + 1, int(now * 1000))
         return PeerRecord(
             peer_id=self._own,
             swarm=self._swarm,
             addresses=self._mesh.addresses[:16],
             control_addresses=self._control.addresses[:16],
-            sequence=int(now * 1000),
+            sequence=self._sequence,
             expires_at=int(now) + RECORD_TTL_S,
             relays=self._relays,
             mapped=self._mapped,

@@ -39,7 +39,9 @@ SHORTEST_TTL_S = 5  # five beats: one lost or late beat is not a death
 MAX_BEAT_PERIOD_S = 1200.0
 PROBE_S = (1.0, 2.0)  # between two probes of links, in a swarm of a few and of many
 A_FEW = 8
-ANSWER_S = 1.5  # to a probe
+ANSWER_S = 1.5  # to a probe, and
+PATIENCE = 4.0  # times what the link takes and what this machine, being busy, is late itself:
+LAG_DECAY = 0.9  # a swarm on busy machines would else talk of nothing but suspicions
 LAG_S = 0.25  # answered later than that after its deadline, it was we who stood still
 DENIAL_S = 2.5  # how long a suspected member has for its next beat to get here
 MIN_BEAT_PERIOD_S = 1.0  # whatever for: a beat costs all members something
@@ -130,6 +132,7 @@ class Gossip:
         self._told_state: dict[str, object] = {}  # with the last beat
         self._to_probe: list[str] = []  # of this turn
         self._probing: set[str] = set()
+        self._lag_s = 0.0  # how late our own loop has been lately
         self._tasks = Tasks()
         self._changed = asyncio.Event()
         switch.on_message(StoreSync, self._take_sync)
@@ -218,7 +221,11 @@ class Gossip:
             if self._to_probe:
                 self._probe(self._to_probe.pop())
             is_few = len(self._awareness.live(self._clock())) <= A_FEW
-            await asyncio.sleep(PROBE_S[0 if is_few or any(self._watched()) else 1])
+            pause_s = PROBE_S[0 if is_few or any(self._watched()) else 1]
+            slept_at = self._clock()
+            await asyncio.sleep(pause_s)
+            lag_s = self._clock() - slept_at - pause_s
+            self._lag_s = max(lag_s, LAG_DECAY * self._lag_s)
 
     def _probe(self, peer_id: str) -> None:
         if peer_id not in self._probing:
@@ -228,11 +235,12 @@ class Gossip:
     async def _ask(self, peer_id: str) -> None:
         try:
             peer = await self._mesh.peer(peer_id)
+            patience_s = ANSWER_S + PATIENCE * (self._lag_s + (peer.rtt_s or 0.0))
             asked_at = self._clock()
             try:
-                await peer.ping(timeout_s=ANSWER_S)
+                await peer.ping(timeout_s=patience_s)
             except LinkTimeout:
-                if self._clock() - asked_at < ANSWER_S + LAG_S:
+                if self._clock() - asked_at < patience_s + LAG_S:
                     self._suspect(peer_id)
                 return
             if peer_id not in self._awareness.live(self._clock()):

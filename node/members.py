@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 LAST_WORDS_S = 0.2  # from telling a removed member why to cutting its link
 MIN_SUFFIX_CHARS = 4
+MAX_ADMISSIONS = 256  # of ours that are remembered
 MAX_HEARD = 1024  # statements that came outside the store
 MAX_GENUINE = 4096  # remembered; beyond that signatures are checked again
 _PREFIXES = (Delegation.prefix, Revocation.prefix, Rotation.prefix)
@@ -150,8 +151,23 @@ class Members:
         return delegation
 
     def admitted(self, peer_id: str, *, epoch: int) -> None:
-        """Say that we let a machine in by an invite."""
-        self.publish([Admission(member=peer_id, at=int(time.time()), epoch=epoch)])
+        """Say that we let a machine in by an invite.
+
+        Heads that live for one question come in by the hundred: the oldest that is gone makes way.
+        """
+        said = [
+            (value.get("at"), key, value.get("member"))
+            for author, key, value in self._replica.items(Admission.prefix)
+            if author == self._own
+        ]
+        live = self._awareness.live(self._loop.time())
+        admission = Admission(member=peer_id, at=int(time.time()), epoch=epoch)
+        with self._replica.edit() as edit:
+            if len(said) >= MAX_ADMISSIONS:
+                gone = [key for _, key, member in sorted(said) if member not in live]
+                for key in gone[:1]:
+                    edit.delete(key)
+            edit.set(admission.key, admission.to_value())
 
     def publish(self, records: Iterable[Record]) -> None:
         """Write records into our document, in one envelope; raises StoreError."""

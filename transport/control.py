@@ -145,7 +145,7 @@ class ControlPlane:
 
         Raises:
             RecordRejected: not ours, or not a record that others would take.
-            ControlError: we have published one with a higher sequence.
+            RecordOutdated: we have published one with a higher sequence.
         """
         value = self.sign(record)
         PeerRecord.decode_and_verify(value, swarm=self._swarm, now=time.time())

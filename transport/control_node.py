@@ -43,6 +43,7 @@ from .control_lookup import Search
 from .control_records import (
     ControlError,
     PeerRecord,
+    RecordOutdated,
     RecordRule,
     record_key,
 )
@@ -211,17 +212,21 @@ class ControlNode:
         """Store our record at the peers closest to its key, and provide the rendezvous key.
 
         Raises:
-            ControlError: a record of ours with a higher sequence stands there.
+            RecordOutdated: a record of ours with a higher sequence stands there.
         """
         key = record_key(record.swarm, record.peer_id)
         held = self._held(key)
         best = self._rule.best(key, [*held, value])
         if best is None or best[0] != len(held):
-            raise ControlError("a newer record of this node is published: use a higher sequence")
+            raise RecordOutdated(best[1].sequence if best else 0)
         self.dht.value_store.put(key.encode(), value)
         put = Message(type=Message.MessageType.PUT_VALUE, key=key.encode())
         put.record.key, put.record.value = key.encode(), value
-        await self._tell_closest(key.encode(), put)
+        holders, n_taken = await self._tell_closest(key.encode(), put)
+        if holders and not n_taken:  # they refuse what is older than what they hold
+            newest = await self._fetch(key, holders)
+            if newest is not None and newest.sequence > record.sequence:
+                raise RecordOutdated(newest.sequence)
         provide = Message(type=Message.MessageType.ADD_PROVIDER, key=self._rendezvous)
         own = [address.to_bytes() for address in self.host.get_addrs()[:MAX_DIALS]]
         provide.providerPeers.add(id=self.own_id.to_bytes(), addrs=own)
@@ -248,7 +253,7 @@ class ControlNode:
         Candidates are the providers of the rendezvous key, of which a peer remembers 20, and
         everyone in the routing table: the pre-shared key lets nobody else into that.
         """
-        closest = await self._closest(self._rendezvous)
+        closest = await self._closest(self._rendezvous, N_HOLDERS)
         found = {info.peer_id for info in self.dht.provider_store.get_providers(self._rendezvous)}
         request = Message(type=Message.MessageType.GET_PROVIDERS, key=self._rendezvous)
 
@@ -327,15 +332,18 @@ class ControlNode:
         best = self._rule.best(key, values)
         return best[1] if best else None
 
-    async def _tell_closest(self, key: bytes, message: Any) -> None:
-        """Have the members closest to a key take something in."""
+    async def _tell_closest(self, key: bytes, message: Any) -> tuple[list[Any], int]:
+        """Have the members closest to a key take something in; who they are, how many took it."""
         holders = (await self._closest(key, N_HOLDERS))[:N_HOLDERS]
+        took: list[Any] = []
 
         async def tell(peer: Any) -> None:
-            await self._ask(peer, message)
+            if await self._ask(peer, message) is not None:
+                took.append(peer)
 
         with trio.move_on_after(PHASE_DEADLINE_S):
             await each(holders, tell)
+        return holders, len(took)
 
     def _held(self, key: str) -> list[bytes]:
         held = self.dht.value_store.get(key.encode())

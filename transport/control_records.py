@@ -48,6 +48,17 @@ class RecordRejected(ControlError):
         self.reason = reason
 
 
+class RecordOutdated(ControlError):
+    """A record of ours with a higher sequence is published; `.sequence` is that one's.
+
+    From an earlier life with a clock that was ahead, say: publish with a higher one.
+    """
+
+    def __init__(self, sequence: int) -> None:
+        super().__init__("a newer record of this node is published: use a higher sequence")
+        self.sequence = sequence
+
+
 def record_key(swarm: str, peer_id: str) -> str:
     """The DHT key of a peer's record, 47 characters.
 

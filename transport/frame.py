@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Literal
+
+from msgspec import Struct
 
 from .messages import AnyMessage
 
@@ -14,8 +15,7 @@ ITEMSIZE: Mapping[WireDType, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "u8": 1, "
 Buffer = bytes | bytearray | memoryview
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
+class Tensor(Struct, frozen=True):
     """Raw little-endian elements in C order; `len(data)` is the product of shape and itemsize."""
 
     dtype: WireDType
@@ -23,8 +23,7 @@ class Tensor:
     data: Buffer
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Frame:
+class Frame(Struct, frozen=True, kw_only=True):
     """What a link carries: delivered whole, in order, once, or not at all.
 
     `request` numbers a frame that wants an answer; the answer carries it as `reply_to`. `number`
@@ -32,7 +31,7 @@ class Frame:
     """
 
     message: AnyMessage
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = {}
     request: int | None = None
     reply_to: int | None = None
     number: int = 0

@@ -21,14 +21,14 @@ from testbed.namespaces import LabBroken
 from testbed.swarm import NodesProcess, NodeSwarm, loopback_bytes, running_processes
 
 N_PROCESSES = 5
-N_JOINING = 4  # at once; two cores have no use for more
+N_JOINING = 3  # at once; two cores have no use for more
 KNOWN_S = 60.0
 FORGOTTEN_S = 120.0
 BACK_S = 60.0
 LOOK_S = 0.5
 N_ANNOUNCING = 4  # at once
 # Of `node/discovery.py`: what a node does so seldom that no idle minute of the lab would show it.
-ANNOUNCE_S, SEARCH_S = 1500.0, 1800.0
+ANNOUNCE_S, SEARCH_S = 1500.0, 3600.0
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -45,6 +45,7 @@ def topology() -> Topology:
     ]
     hosts += [
         Host(name="upnp", at="r-upnp"),
+        Host(name="lodger", at="r-upnp"),
         Host(name="mobile", at="r-mobile"),
         Host(name="six", at="r-six", family=Family.DUAL),
         Host(name="open"),
@@ -115,7 +116,10 @@ def run(lab: Lab) -> Said:
         names = ("open", *NATS)
         said = dict(zip(names, pool.map(nodes.ask, names), strict=True))
     said |= {f"{name}, one observer": nodes.ask(name, n_peers=1) for name in ("sym", "port")}
-    said["upnp"] = nodes.ask("upnp", maps_ports=True)
+    keeper = nodes.start("upnp", peers=nodes.peers, maps_ports=True)
+    said["upnp"] = told(keeper)
+    said["lodger"] = nodes.ask("lodger", maps_ports=True)  # wants the same port
+    end(keeper)
     said["upnp again"] = nodes.ask("upnp", maps_ports=False)  # it was given back
     said["first, dialled by second"] = dialled
     # The same router without NAT-PMP.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 
 from covey.transport.addresses import format_address
@@ -49,6 +50,13 @@ def explain(
         claimed_address: what the router says leads here, tried or not.
         mapping_reason: why the router gave no port; empty if it did or was not asked.
     """
+    if facts.lan_hosts and all(map(_is_loopback, facts.lan_hosts)):
+        return (
+            Finding(
+                "This node listens for programs of this machine only.",
+                "Start it without --host, so that other machines reach it.",
+            ),
+        )
     if not facts.public_hosts:
         findings = [
             Finding(
@@ -116,6 +124,10 @@ def _mapping(facts: NatFacts, claimed_address: str | None, reason: str) -> list[
             )
         ]
     return []
+
+
+def _is_loopback(host: str) -> bool:
+    return ipaddress.ip_address(host).is_loopback
 
 
 def _lan_address(facts: NatFacts) -> str:

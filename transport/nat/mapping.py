@@ -66,7 +66,7 @@ class PortMapper:
         """`gateway` names the router to ask by NAT-PMP; the default route's if left out."""
         self._find_gateway = gateway or default_gateway
         self.mapped: Mapped | None = None
-        self.reason = "the router was not asked yet"  # why `mapped` is None
+        self.reason = ""  # why the router gave none; empty before it was asked
         self._gateway: str | None = None
         self._upnp = Blocking()
 

@@ -26,8 +26,9 @@ class Ledger:
 
     def __init__(self) -> None:
         # Out
-        self._kept: dict[int, Frame] = {}
+        self._kept: dict[int, tuple[Frame, int]] = {}  # without gaps; with the size of each
         self._kept_bytes = 0
+        self._first_kept = 1
         self._next_number = 1
         self._next_unsent = 1  # everything kept from here on waits for the carrier
         self._known: frozenset[int] = frozenset()  # kept, but the other side has them
@@ -59,8 +60,9 @@ class Ledger:
             number=number,
             ack=self.acknowledge(),
         )
-        self._kept[number] = stamped
-        self._kept_bytes += _size(stamped)
+        nbytes = _size(stamped)
+        self._kept[number] = (stamped, nbytes)
+        self._kept_bytes += nbytes
         self._next_number = number + 1
         return stamped
 
@@ -69,17 +71,17 @@ class Ledger:
         while self._next_unsent < self._next_number:
             number = self._next_unsent
             self._next_unsent = number + 1
-            frame = self._kept.get(number)
-            if frame is not None and number not in self._known:
-                return frame
+            kept = self._kept.get(number)
+            if kept is not None and number not in self._known:
+                return kept[0]
         return None
 
     def blank(self, number: int) -> Frame:
         """Take a frame back that the carrier did not take; what goes in its place says nothing."""
         filler = Frame(message=Ack(), number=number, ack=self._received_upto)
         if number in self._kept:
-            self._kept_bytes += _size(filler) - _size(self._kept[number])
-            self._kept[number] = filler
+            self._kept_bytes += _FRAME_BYTES - self._kept[number][1]
+            self._kept[number] = (filler, _FRAME_BYTES)
         return filler
 
     def confirm(self, upto: int) -> None:
@@ -90,15 +92,15 @@ class Ledger:
         """
         if upto >= self._next_number:
             raise MalformedFrame("the peer confirms what was never sent")
-        first = self._next_number - len(self._kept)
-        for number in range(first, upto + 1):
-            self._kept_bytes -= _size(self._kept.pop(number))
+        while self._first_kept <= upto:
+            self._kept_bytes -= self._kept.pop(self._first_kept)[1]
+            self._first_kept += 1
 
     def rewind(self, receipt: Receipt) -> None:
         """Begin again on a new carrier, with what the other side lacks. Raises as `confirm`."""
         self.confirm(receipt.upto)
         self._known = frozenset(receipt.beyond)
-        self._next_unsent = self._next_number - len(self._kept)
+        self._next_unsent = self._first_kept
 
     # --- in --------------------------------------------------------------------------------
 
@@ -109,15 +111,18 @@ class Ledger:
             MalformedFrame: it confirms too much, or is too far ahead.
         """
         self.confirm(frame.ack)
-        number = frame.number
-        if number <= self._received_upto or number in self._received_beyond:
+        number, beyond = frame.number, self._received_beyond
+        if number <= self._received_upto or number in beyond:
             return False
         if number > self._received_upto + MAX_KEPT_FRAMES:
             raise MalformedFrame("the peer runs too far ahead")
-        self._received_beyond.add(number)
-        while self._received_upto + 1 in self._received_beyond:
-            self._received_upto += 1
-            self._received_beyond.remove(self._received_upto)
+        if number > self._received_upto + 1:
+            beyond.add(number)
+        else:
+            self._received_upto = number
+            while self._received_upto + 1 in beyond:
+                self._received_upto += 1
+                beyond.remove(self._received_upto)
         self._unacked_frames += 1
         self._unacked_bytes += _size(frame)
         return True

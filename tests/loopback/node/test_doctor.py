@@ -41,7 +41,7 @@ async def test_the_doctor_dials_who_has_no_link_and_says_why_it_failed(
     assert lost["link"] is None
     assert "127.0.0.1:1 refused" in lost["error"]
     assert facts["nat"]["udp"] == "unknown"
-    assert "nobody can say" in facts["findings"][0]["says"]
+    assert "this machine only" in facts["findings"][0]["says"]
 
 
 async def test_a_ping_tells_round_trips_and_throughput(stack: AsyncExitStack) -> None:

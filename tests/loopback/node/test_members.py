@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from covey.node import epochs
+from covey.node import epochs, members
 from covey.node.errors import InvalidRequest, NotAllowed
 from covey.node.standing import encode_statement
 from covey.store.errors import UpdateRejected
@@ -308,3 +308,15 @@ async def test_false_statements_are_not_even_kept(stack: AsyncExitStack) -> None
     await peer.ping(timeout_s=5)
     assert founder.members.is_allowed(other.id)
     assert not founder.members._heard
+
+
+async def test_those_let_in_are_remembered_up_to_a_bound(
+    stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(members, "MAX_ADMISSIONS", 4)
+    founder, other = await swarm_of(stack, 2)
+    await until(lambda: other.id in founder.awareness.live(asyncio.get_running_loop().time()))
+    for _ in range(10):
+        founder.members.admitted(Identity.generate().peer_id, epoch=0)
+    assert len(founder.members.inviters()) == 4
+    assert other.id in founder.members.inviters()  # which is alive

@@ -115,6 +115,33 @@ def test_models_lists_the_swarms(swarm: Swarm) -> None:
     assert [model["name"] for model in facts["models"]] == [MODEL]
 
 
+def test_the_doctor_reaches_every_member_and_says_what_is_in_the_way(swarm: Swarm) -> None:
+    facts = facts_of("doctor", *home_of(swarm, 0))
+    assert sorted(member["name"] for member in facts["members"]) == ["node-1", "node-2"]
+    assert {member["link"]["kind"] for member in facts["members"]} == {"direct"}
+    assert [finding["says"] for finding in facts["findings"]] == [
+        "This node listens for programs of this machine only."
+    ]
+
+
+def test_a_ping_measures_the_link_to_a_member(swarm: Swarm) -> None:
+    facts = facts_of("ping", "node-1", "--count", "2", *home_of(swarm, 0))
+    assert (facts["name"], facts["sent"], facts["answered"]) == ("node-1", 2, 2)
+    assert facts["bandwidth_bytes_per_s"] > 0
+
+
+def test_a_ping_to_nobody_names_who_there_is(swarm: Swarm) -> None:
+    assert "node-1, node-2" in refusal_of("ping", "attic", *home_of(swarm, 0))
+
+
+@pytest.mark.parametrize("command", [["doctor"], ["ping", "node-1"]])
+def test_what_is_found_out_is_printed_for_people_too(swarm: Swarm, command: list[str]) -> None:
+    done = covey(*command, *home_of(swarm, 0))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "node-1" in done.stdout
+    assert "direct" in done.stdout
+
+
 @pytest.mark.parametrize("command", [["status"], ["plan"], ["models"]])
 def test_tables_for_people_are_printed_too(swarm: Swarm, command: list[str]) -> None:
     done = covey(*command, *home_of(swarm, 0))

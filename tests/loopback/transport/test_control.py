@@ -9,14 +9,19 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
+import trio
+from libp2p.kad_dht.pb.kademlia_pb2 import Message
+from libp2p.peer.id import ID
+from multiaddr import Multiaddr
 
 from covey.transport.control import ControlError, ControlPlane, PeerRecord
-from covey.transport.control_records import record_key
+from covey.transport.control_records import RecordOutdated, RecordRule, record_key
 from covey.transport.identity import Identity
 
 pytestmark = [pytest.mark.network, pytest.mark.slow]
@@ -100,8 +105,14 @@ async def test_a_restarted_member_replaces_its_record() -> None:
             await again.announce(renewed)
             assert await first.lookup(again.peer_id) == renewed
             assert await first.discover() == [renewed]
-            with pytest.raises(ControlError, match="higher sequence"):
+            with pytest.raises(RecordOutdated) as caught:
                 await again.announce(record_of(again, sequence=held.sequence))
+            assert caught.value.sequence == renewed.sequence
+        async with plane(2) as third_life:
+            await third_life.bootstrap(first.addresses)
+            with pytest.raises(RecordOutdated) as caught:
+                await third_life.announce(record_of(third_life, sequence=1))
+            assert caught.value.sequence == renewed.sequence
 
 
 async def test_a_record_in_anothers_name_is_stored_nowhere() -> None:
@@ -124,6 +135,114 @@ async def test_a_record_in_anothers_name_is_stored_nowhere() -> None:
             assert await third._call("write", 5, partial(write, key, value)) is is_taken
         assert await first.lookup(second.peer_id) == record_of(second)
         assert await third.lookup(second.peer_id) == record_of(second)
+
+
+async def test_lies_about_expiry_are_stored_nowhere() -> None:
+    async with swarm_of(3) as (first, second, third):
+        key = record_key(SWARM, third.peer_id)
+
+        async def write(value: bytes, node: Any) -> bool:
+            node.dht.value_store.put(key.encode(), value)  # from where it is sent
+            peer = node.host.get_connected_peers()[0]
+            taken: bool = await node.dht.value_store._store_at_peer(peer, key.encode(), value)
+            return taken
+
+        for expires_at in (int(time.time()) - 1, int(time.time()) + 40 * 24 * 3600):
+            lie = third.sign(replace(record_of(third, sequence=9), expires_at=expires_at))
+            assert not await third._call("write", 5, partial(write, lie))
+        assert await first.lookup(third.peer_id) == record_of(third)
+        assert await second.lookup(third.peer_id) == record_of(third)
+
+
+async def test_lies_about_anothers_addresses_do_not_count_against_its_own_word() -> None:
+    async with swarm_of(3) as (first, second, third):
+
+        async def lie(node: Any) -> list[bytes]:
+            answer = Message(type=Message.MessageType.FIND_NODE)
+            for peer_id, address in (
+                (second.peer_id, "/ip4/192.0.2.66/tcp/1"),
+                (Identity(bytes(31) + b"\x63").peer_id, "/dns4/example.org/tcp/1"),
+            ):
+                peer = ID.from_base58(peer_id).to_bytes()
+                answer.closerPeers.add(id=peer, addrs=[Multiaddr(address).to_bytes()])
+            answer.closerPeers.add(id=b"nonsense", addrs=[b"\xff"])
+            return list(await node.dht.take_in(answer))
+
+        async def addresses(node: Any) -> list[str]:
+            return [str(a) for a in node.host.get_peerstore().addrs(ID.from_base58(second.peer_id))]
+
+        assert len(await third._call("lie", 5, lie)) == 2
+        assert "192.0.2.66" not in " ".join(await third._call("see", 5, addresses))
+        async with asyncio.timeout(5):
+            assert await third.lookup(second.peer_id) == record_of(second)
+            assert await third.lookup(Identity(bytes(31) + b"\x63").peer_id) is None
+        assert await first.lookup(third.peer_id) == record_of(third)
+
+
+async def test_a_record_is_forgotten_when_it_expires() -> None:
+    async with swarm_of(2) as (first, second):
+
+        async def tidy(now: float, node: Any) -> tuple[int, int]:
+            node.dht.rule = RecordRule(swarm=SWARM, now=lambda: now)
+            node.dht.tidy(now)
+            providers = node.dht.provider_store.providers.values()
+            return len(node.dht.value_store.store), sum(map(len, providers))
+
+        now = time.time()
+        assert (await first._call("tidy", 5, partial(tidy, now)))[0] == 2
+        assert await first._call("tidy", 5, partial(tidy, now + 3 * 3600)) == (0, 0)
+        assert await second.lookup(second.peer_id) == record_of(second)
+
+
+async def test_a_member_that_cannot_be_dialled_is_found_and_asked_for_nothing() -> None:
+    async with swarm_of(3) as (first, second, _), plane(4) as hidden:
+
+        async def serving(node: Any) -> set[str]:
+            return {str(peer) for peer in node.dht.routing_table.get_peer_ids()}
+
+        await hidden.set_reachable(is_reachable=False)
+        await hidden.bootstrap(first.addresses)
+        await hidden.announce(record_of(hidden))
+        assert await second.lookup(hidden.peer_id) == record_of(hidden)
+        assert hidden.peer_id in {record.peer_id for record in await second.discover()}
+        assert hidden.peer_id not in await first._call("serving", 5, serving)
+        assert await hidden.lookup(second.peer_id) == record_of(second)
+        await hidden.set_reachable(is_reachable=True)
+        await hidden.set_reachable(is_reachable=True)
+        assert await hidden.lookup(second.peer_id) == record_of(second)
+
+
+async def test_known_members_are_not_asked_for_again() -> None:
+    async with swarm_of(3) as (first, second, third):
+        assert await first.discover({second.peer_id}) == [record_of(third)]
+        assert await first.discover({second.peer_id, third.peer_id}) == []
+
+
+async def test_a_connection_that_nobody_uses_is_closed_and_opened_again_when_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("covey.transport.control_swarm.IDLE_S", (0.2, 0.4))
+    monkeypatch.setattr("covey.transport.control_swarm.SWEEP_S", 0.05)
+
+    async def until_alone(node: Any) -> None:
+        while node.host.get_connected_peers():  # noqa: ASYNC110 - libp2p tells nobody
+            await trio.sleep(0.01)
+
+    async with swarm_of(2) as (first, second):
+        await second._call("until alone", 5, until_alone)
+        await first._call("until alone", 5, until_alone)
+        assert await first.lookup(second.peer_id) == record_of(second)
+        assert await second.discover() == [record_of(first)]
+
+
+async def test_a_cancelled_question_does_not_spoil_its_connection() -> None:
+    async with swarm_of(2) as (first, second):
+        for delay_s in (0.0, 0.001, 0.002, 0.005, 0.01):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(delay_s):
+                    await second.announce(record_of(second))
+            async with asyncio.timeout(2):
+                assert await second.lookup(first.peer_id) == record_of(first)
 
 
 async def test_a_stranger_without_the_key_does_not_get_in() -> None:

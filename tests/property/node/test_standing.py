@@ -153,4 +153,6 @@ def test_other_bytes_are_no_statement(data: bytes) -> None:
     with pytest.raises(RecordMalformed):
         decode_statement(data)
     with pytest.raises(RecordMalformed):
-        decode_statement(encode_statement(remove(ANN))[:-1] + data)
+        decode_statement(encode_statement(remove(ANN)) + b"x" + data)
+    with pytest.raises(RecordMalformed):
+        decode_statement(encode_statement(remove(ANN))[:-1])

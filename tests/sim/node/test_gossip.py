@@ -79,7 +79,7 @@ class Wire:
             await asyncio.sleep(2 * DELAY_S)
             return 2 * DELAY_S
 
-        return SimpleNamespace(peer_id=receiver, send=send, post=post, ping=ping)
+        return SimpleNamespace(peer_id=receiver, rtt_s=None, send=send, post=post, ping=ping)
 
     def deliver(self, sender: str, receiver: str, message: AnyMessage) -> None:
         frame = SimpleNamespace(message=message, request=None, tensors={})

@@ -32,6 +32,8 @@ CARD = MemberCard(
     memory_bytes=2**33,
     version="0.1.0",
     started_at=1_760_000_000.5,
+    relays=("bob", "carol"),
+    is_reachable=False,
 )
 MANIFEST = ModelManifest(
     name="SmolLM2-135M-Instruct",
@@ -119,6 +121,21 @@ def test_a_field_out_of_bounds_is_refused(record: Record, change: dict[str, Any]
 def test_another_shape_is_refused(value: object) -> None:
     with pytest.raises(RecordMalformed):
         MemberCard.from_value(value)
+
+
+@pytest.mark.parametrize(
+    "relays", [["alice"], ["bob", "bob"], ["a", "b", "c", "d", "e"], ["b o b"]]
+)
+def test_relays_are_up_to_four_other_members(relays: list[str]) -> None:
+    with pytest.raises(RecordMalformed):
+        MemberCard.from_value(CARD.to_value() | {"relays": relays})
+
+
+def test_a_card_of_a_version_without_relays_is_read() -> None:
+    value = CARD.to_value()
+    del value["relays"], value["is_reachable"]
+    card = MemberCard.from_value(value)
+    assert (card.relays, card.is_reachable) == ((), None)
 
 
 def test_our_own_record_out_of_bounds_does_not_leave() -> None:

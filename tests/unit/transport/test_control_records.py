@@ -29,6 +29,8 @@ RECORD = PeerRecord(
     control_addresses=(f"/ip4/192.168.1.7/tcp/7071/p2p/{OWNER.peer_id}",),
     sequence=3,
     expires_at=NOW + 3600,
+    relays=(STRANGER.peer_id,),
+    is_reachable=False,
 )
 
 
@@ -95,6 +97,11 @@ def test_a_record_that_would_live_too_long_is_refused() -> None:
         {"sequence": 1 << 53},
         {"sequence": 1.5},
         {"expires_at": "soon"},
+        {"relays": ("relay",)},
+        {"relays": (STRANGER.peer_id,) * 2},
+        {"relays": (OWNER.peer_id,)},
+        {"relays": tuple(Identity(bytes(31) + bytes([n])).peer_id for n in range(10, 15))},
+        {"is_reachable": "perhaps"},
     ],
 )
 def test_a_field_out_of_bounds_is_refused_when_signed_and_when_read(
@@ -105,6 +112,15 @@ def test_a_field_out_of_bounds_is_refused_when_signed_and_when_read(
         record.sign(OWNER.seed)
     with pytest.raises(RecordRejected):
         verify(forge(msgspec.msgpack.encode(record)))
+
+
+def test_versions_that_know_of_no_relays_and_those_that_do_understand_each_other() -> None:
+    fields = msgspec.to_builtins(RECORD)
+    of_old = {name: fields[name] for name in fields if name not in ("relays", "is_reachable")}
+    record = verify(forge(msgspec.msgpack.encode(of_old)))
+    assert (record.relays, record.is_reachable) == ((), None)
+    of_new = fields | {"colour": "blue"}
+    assert verify(forge(msgspec.msgpack.encode(of_new))) == RECORD
 
 
 def test_one_byte_too_many_is_refused_unread() -> None:

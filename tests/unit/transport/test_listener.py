@@ -79,3 +79,14 @@ def test_the_budget_forgets_addresses_rather_than_grow() -> None:
     for n in range(2 * MAX_TRACKED):
         budget.take(str(n), now=0.0)
     assert len(budget._buckets) == MAX_TRACKED
+
+
+def test_all_addresses_of_an_ipv6_network_are_one_source() -> None:
+    budget = AddressBudget()
+    for n in range(BUDGET):
+        assert budget.take(f"2001:db8::{n:x}", now=0.0)
+    assert not budget.take("2001:db8::ffff:1", now=0.0)
+    assert budget.take("2001:db8:0:1::1", now=0.0)
+    budget.give_back("2001:db8::7", now=0.0)
+    assert budget.take("2001:db8::8", now=0.0)
+    assert budget.take("fe80::1%eth0", now=0.0)

@@ -142,3 +142,10 @@ def test_nothing_is_due_before_the_deadline(events: list[tuple[str, float]]) -> 
                 liveness.measured(step_s)
         is_due = liveness.next_action(now=now) is not Action.WAIT
         assert is_due == (liveness.next_deadline() <= now)
+
+
+def test_an_idle_link_on_which_something_is_said_is_not_asked() -> None:
+    liveness = Liveness(now=0.0)
+    liveness.heard(now=15.0)
+    assert liveness.next_action(now=20.0) is Action.WAIT
+    assert liveness.next_action(now=35.0) is Action.PING

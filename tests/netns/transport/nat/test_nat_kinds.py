@@ -57,6 +57,13 @@ def test_a_router_opens_the_port_and_it_is_reached(said: Said, host: str) -> Non
     assert facts["mapped_addresses"] == [f"{public_host}:4000"]
 
 
+def test_two_machines_of_a_home_get_a_port_each(said: Said) -> None:
+    facts = said["lodger"]["facts"]
+    (address,) = facts["mapped_addresses"]
+    assert address.startswith(facts["public_hosts"][0])
+    assert address not in said["upnp"]["facts"]["mapped_addresses"]
+
+
 @pytest.mark.parametrize("host", ["upnp again", "upnp only, again"])
 def test_a_mapped_port_is_given_back_at_the_end(said: Said, host: str) -> None:
     facts = said[host]["facts"]

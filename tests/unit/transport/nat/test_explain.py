@@ -66,6 +66,12 @@ def test_nobody_to_ask_is_said_so() -> None:
     assert "nobody has tried it" in told(facts, claimed="11.0.9.9:4000")
 
 
+def test_a_node_of_this_machine_only_is_told_so_and_nothing_else() -> None:
+    facts = replace(HOME, lan_hosts=("127.0.0.1", "::1"), public_hosts=())
+    (finding,) = explain(facts, claimed_address=None, mapping_reason="")
+    assert "this machine only" in finding.says
+
+
 @pytest.mark.parametrize("kind", [kind for kind in NatKind if kind is not NatKind.UNKNOWN])
 def test_every_kind_of_udp_has_its_words(kind: NatKind) -> None:
     assert "UDP" in told(replace(HOME, udp=kind))

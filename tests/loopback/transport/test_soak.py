@@ -1,0 +1,16 @@
+"""Ten seconds of what `make soak` does for ten minutes."""
+
+from __future__ import annotations
+
+import pytest
+
+from support.soak import soak
+
+pytestmark = [pytest.mark.network, pytest.mark.slow]
+
+
+async def test_calls_that_are_cancelled_and_planes_that_die_leave_nothing() -> None:
+    found = await soak(10.0, seed=2026)
+    assert found.faults == []
+    assert found.n_episodes > 2
+    assert any("cancelled" in outcome for outcome in found.outcomes)
