@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
+from types import TracebackType
+from typing import Self
 
 from .lab import Lab
 from .namespaces import LabUnavailable
@@ -44,7 +46,16 @@ class Artefacts:
             if not cell.has_failed:
                 shutil.rmtree(cell.folder)
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        """As it is."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         """Name the folder if a cell of it has failed, else remove it."""
         if any(path.is_dir() for path in self.root.iterdir()):
             print(f"logs and captures of what failed: {self.root}")

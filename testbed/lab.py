@@ -203,6 +203,8 @@ class Lab:
         self.machines[host].ip(*self._address_lines(host, cable.near.interface))
         if moved.link is not None:  # a queue does not survive the move
             self._shaped.change(moved, moved.link)
+        for it in (machine, self.machines[host]):
+            _wait_until_up(it)
 
     # --- building ---------------------------------------------------------------------------------
 

@@ -38,7 +38,16 @@ class _Ended:
 class Member:
     """One process; the lab kills it at its end, and `close` before that."""
 
-    def __init__(self, lab: Lab, host: str, swarm: Swarm, *, port: int, log: Path) -> None:
+    def __init__(
+        self,
+        lab: Lab,
+        host: str,
+        swarm: Swarm,
+        *,
+        port: int,
+        log: Path,
+        maps_ports: bool = False,
+    ) -> None:
         """Start it; does not wait.
 
         Args:
@@ -47,6 +56,7 @@ class Member:
             swarm: whose member it is.
             port: what it listens on.
             log: what it says on stderr is appended to that.
+            maps_ports: whether it asks its router to open the port.
         """
         self.host = host
         self.address = lab.address(host)
@@ -57,6 +67,7 @@ class Member:
             host,
             *(sys.executable, "-m", "testbed.mesh_node"),
             *(seed.hex(), json.dumps(swarm.to_dict()), str(port)),
+            *(["maps-ports"] if maps_ports else []),
             log=log,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

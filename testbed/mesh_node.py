@@ -1,9 +1,10 @@
 """One member's links in a process of its own: `python -m testbed.mesh_node SEED SWARM PORT`.
 
 A transport and nothing above it, so it starts fast. SEED is the identity in hex, SWARM the state of
-the swarm in JSON, PORT what it listens on, on every address. It reads commands and writes what
-happens, one JSON object a line; `testbed.members` is the other end. What a node would learn from
-its swarm's document it is told. Seconds count from the command to dial.
+the swarm in JSON, PORT what it listens on, on every address; with `maps-ports` after these it asks
+its router to open it, which takes eight seconds where the router knows nothing of that. It reads
+commands and writes what happens, one JSON object a line; `testbed.members` is the other end. It is
+told what a node would learn from its swarm's document. Seconds count from the command to dial.
 
     {"do": "learn", "peer": ID, "card": {...}}   what a peer announces, as below
     {"do": "settle", "relays": {ID: HOST}}   link to these and find out the NAT; then "settled"
@@ -126,7 +127,7 @@ def say(what: str, **facts: object) -> None:
     print(json.dumps({"said": what, **facts}), flush=True)
 
 
-async def main(seed: str, state: str, port: str) -> None:
+async def main(seed: str, state: str, port: str, *options: str) -> None:
     """Listen, and do as told."""
     identity, swarm = Identity(bytes.fromhex(seed)), Swarm.from_dict(json.loads(state))
     listen = [("0.0.0.0", int(port))]  # noqa: S104 - the lab's hosts have no other network
@@ -141,11 +142,11 @@ async def main(seed: str, state: str, port: str) -> None:
         Mesh(
             identity, swarm, handler=lambda peer, frame: None, listen=listen, on_down=on_down
         ) as mesh,
-        Reach(mesh, swarm) as reach,
+        Reach(mesh, swarm, maps_ports="maps-ports" in options) as reach,
     ):
         down.append(reach)
         await Node(mesh, reach).obey()
 
 
 if __name__ == "__main__":
-    asyncio.run(main(*sys.argv[1:4]))
+    asyncio.run(main(*sys.argv[1:]))

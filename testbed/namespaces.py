@@ -15,13 +15,15 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 INSIDE = "COVEY_LAB_INSIDE"  # set in the environment of the process that runs the lab
-PROMOTE = "COVEY_LAB_PROMOTE"  # names a descriptor, see `enter`
+PROMOTE = "COVEY_LAB_PROMOTE"  # names a descriptor, see `run_inside`
 ENTER = ("unshare", "-Urnm", "--pid", "--fork", "--kill-child", "--mount-proc")
 COMMAND_S = 30.0
 _PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"  # where Debian keeps them
@@ -68,20 +70,41 @@ def is_inside() -> bool:
 
 
 def enter(module: str, arguments: Sequence[str]) -> int:
-    """Run `python -m module arguments` inside namespaces of its own; returns its exit status.
+    """Run `python -m module arguments` inside namespaces of its own; returns its exit status."""
+    return run_inside([sys.executable, "-m", module, *arguments]).returncode
+
+
+def run_inside(
+    command: Sequence[str],
+    *,
+    environment: Mapping[str, str] = MappingProxyType({}),
+    timeout_s: float | None = None,
+    **options: Any,
+) -> subprocess.CompletedProcess[str]:
+    """Run a command inside namespaces of its own.
 
     Inside nobody has root's right to SCHED_FIFO any more, without which the lab's wire waits for a
     core like everybody else. So it asks this process, which gives it that if it may.
+
+    Args:
+        command: what to run.
+        environment: added to this process's own.
+        timeout_s: after that it is killed, and TimeoutExpired raised.
+        options: of `subprocess.run`.
     """
-    command = [*ENTER, sys.executable, "-m", module, *arguments]
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with ours, theirs:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         threading.Thread(target=_promote, args=(ours,), daemon=True).start()
-        environment = {**os.environ, INSIDE: "1", PROMOTE: str(theirs.fileno())}
         return subprocess.run(
-            command, check=False, env=environment, pass_fds=[theirs.fileno()]
-        ).returncode
+            [*ENTER, *command],
+            check=False,
+            text=True,
+            timeout=timeout_s,
+            env={**os.environ, **environment, INSIDE: "1", PROMOTE: str(theirs.fileno())},
+            pass_fds=[theirs.fileno()],
+            **options,
+        )
 
 
 def promotion() -> tuple[int, ...]:

@@ -230,21 +230,21 @@ def run(scenario: Scenario, folder: Path, *, has_captures: bool = False) -> Sequ
     Raises:
         LabBroken, LabUnavailable: the lab is not what it says, or cannot be.
     """
-    artefacts = Artefacts(scenario.name)
-    try:
-        with artefacts.cell(scenario.name) as cell, ExitStack() as stack:
-            lab = stack.enter_context(Lab(scenario.topology))
-            if scenario.topology.routers:
-                lab.prove()
-            if has_captures:
-                cell.capture(lab, [host.name for host in scenario.topology.hosts])
-            programs = {program.name: program for program in scenario.programs}
-            running = Running(lab, cell, folder, programs, stack)
-            _do(scenario.steps, running)
-            rows = [expectation.row(running) for expectation in scenario.expectations]
-            cell.has_failed = any(row.met is False for row in rows)
-    finally:
-        artefacts.close()
+    with (
+        Artefacts(scenario.name) as artefacts,
+        artefacts.cell(scenario.name) as cell,
+        ExitStack() as stack,
+    ):
+        lab = stack.enter_context(Lab(scenario.topology))
+        if scenario.topology.routers:
+            lab.prove()
+        if has_captures:
+            cell.capture(lab, [host.name for host in scenario.topology.hosts])
+        programs = {program.name: program for program in scenario.programs}
+        running = Running(lab, cell, folder, programs, stack)
+        _do(scenario.steps, running)
+        rows = [expectation.row(running) for expectation in scenario.expectations]
+        cell.has_failed = any(row.met is False for row in rows)
     return rows
 
 

@@ -146,7 +146,7 @@ class Wire:
 def main() -> None:
     """Run, ahead of everything else on the machine if that is allowed.
 
-    Arguments: a seed, and perhaps the descriptor to ask on (`testbed.namespaces.enter`).
+    Arguments: a seed, and perhaps the descriptor to ask on (`testbed.namespaces.run_inside`).
     """
     seed, *asking = (int(word) for word in sys.argv[1:])
     for descriptor in asking:

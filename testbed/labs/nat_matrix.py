@@ -36,7 +36,7 @@ _PORTS = count(20_000)  # no two members share one, so no old mapping serves a n
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The NATs of the one that dials and the one that is dialled; None for an open host."""
+    """The kinds of the one that dials and of the one that is dialled."""
 
     dialler: NatKind
     dialled: NatKind
@@ -82,29 +82,26 @@ def measure(
         cone_for_tcp: whether cones are cones for TCP too.
         has_captures: record packets, and keep those of cells that do not connect.
     """
-    artefacts = Artefacts("nat")
     outcomes: dict[Pair, Outcome] = {}
-    with Lab(_topology()) as lab:
+    with Artefacts("nat") as artefacts, Lab(_topology()) as lab, ExitStack() as stack:
         _prove(lab, cone_for_tcp=cone_for_tcp)
-        with ExitStack() as stack:
-            swarm = found_swarm()
-            relays = []
-            for host in RELAYS[:n_relays]:
-                log = artefacts.root / f"{host}.log"
-                relay = Member(lab, host, swarm, port=next(_PORTS), log=log)
-                stack.callback(relay.close)
-                relay.wait_until_ready()
-                relays.append(relay)
-            for pair in pairs:
-                _set_nats(lab, pair, cone_for_tcp=cone_for_tcp)
-                with artefacts.cell(str(pair)) as cell:
-                    if has_captures:
-                        cell.capture(lab, [*SIDES, *(f"o-{side}" for side in SIDES), *RELAYS])
-                    with _members(lab, pair, relays, swarm, cell) as (left, right):
-                        outcomes[pair] = _connect(left, right)
-                    cell.has_failed = outcomes[pair].first_kind is None
-                print(f"{pair!s:40} {outcomes[pair]}", flush=True)
-    artefacts.close()
+        swarm = found_swarm()
+        relays = []
+        for host in RELAYS[:n_relays]:
+            log = artefacts.root / f"{host}.log"
+            relay = Member(lab, host, swarm, port=next(_PORTS), log=log)
+            stack.callback(relay.close)
+            relay.wait_until_ready()
+            relays.append(relay)
+        for pair in pairs:
+            _set_nats(lab, pair, cone_for_tcp=cone_for_tcp)
+            with artefacts.cell(str(pair)) as cell:
+                if has_captures:
+                    cell.capture(lab, [*SIDES, *(f"o-{side}" for side in SIDES), *RELAYS])
+                with _members(lab, pair, relays, swarm, cell) as (left, right):
+                    outcomes[pair] = _connect(left, right)
+                cell.has_failed = outcomes[pair].first_kind is None
+            print(f"{pair!s:40} {outcomes[pair]}", flush=True)
     return rows(outcomes, cone_for_tcp=cone_for_tcp)
 
 

@@ -81,14 +81,12 @@ def _outcomes(chosen: list[str]) -> dict[str, dict[str, str]]:
     with TemporaryDirectory() as folder:
         report = Path(folder, "report")
         report.touch()
-        done = subprocess.run(
-            [*namespaces.ENTER, sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *chosen],
+        done = namespaces.run_inside(
+            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *chosen],
+            environment={REPORT: str(report)},
+            timeout_s=INSIDE_S,
             cwd=ROOT,
-            check=False,
             stdout=subprocess.PIPE,
-            text=True,
-            timeout=INSIDE_S,
-            env={**os.environ, namespaces.INSIDE: "1", REPORT: str(report)},
         )
         ended = [json.loads(line) for line in report.read_text().splitlines()]
     never = {"outcome": "failed", "said": f"never ended inside:\n{done.stdout}", "duration_s": "0"}

@@ -40,7 +40,7 @@ SPEAKER = Program(
 
 
 def answers(running: Running) -> float:
-    return len(rtts_ms(running.lab, "near", "far", n=4, timeout_s=0.15))
+    return len(rtts_ms(running.lab, "near", "far", n=4, timeout_s=0.5))
 
 
 def is_running(running: Running) -> float:

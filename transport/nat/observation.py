@@ -110,7 +110,9 @@ class ObservationDoor:
                 )
             if self._held.total() < MAX_HELD and self._held[host] < MAX_HELD_EACH:
                 self._held[host] += 1
-                self._tasks.spawn(self._hold(connection, host), "observed")
+                holding = self._tasks.spawn(_hold(connection), "observed")
+                # Also if the task never begins, because the node is stopping.
+                holding.add_done_callback(lambda _: self._let_go(connection, host))
                 is_kept = True
         except (OSError, EOFError, TimeoutError):
             return False
@@ -123,17 +125,18 @@ class ObservationDoor:
         """Let go of every connection."""
         await self._tasks.aclose()
 
-    async def _hold(self, connection: socket.socket, host: str) -> None:
-        """Until the dialer closes, or says anything more, or the time is over."""
-        try:
-            with suppress(OSError, TimeoutError):
-                async with asyncio.timeout(HELD_S):
-                    await asyncio.get_running_loop().sock_recv(connection, 1)
-        finally:
-            connection.close()
-            self._held[host] -= 1
-            if not self._held[host]:
-                del self._held[host]
+    def _let_go(self, connection: socket.socket, host: str) -> None:
+        connection.close()
+        self._held[host] -= 1
+        if not self._held[host]:
+            del self._held[host]
+
+
+async def _hold(connection: socket.socket) -> None:
+    """Until the dialer closes, or says anything more, or the time is over."""
+    with suppress(OSError, TimeoutError):
+        async with asyncio.timeout(HELD_S):
+            await asyncio.get_running_loop().sock_recv(connection, 1)
 
 
 async def observe(
