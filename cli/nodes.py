@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import platform
 import shutil
 import signal
@@ -22,6 +21,7 @@ from covey.transport.errors import InviteInvalid
 from covey.transport.invite import Invite
 
 from . import options
+from .logs import configure
 from .processes import until_gone, wait_until_gone
 from .render import err, out, print_json
 
@@ -270,11 +270,7 @@ def _config(home: Path | None, name: str | None, *, memory: str | None, **rest: 
 def _run(config: NodeConfig, how: Start, *, verbose: bool) -> None:
     import uvloop
 
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    configure(verbose=verbose)
     uvloop.run(_serve(config, how))
 
 

@@ -33,6 +33,11 @@ def status_facts(node: Node) -> dict[str, Any]:
             "generated_tokens": node.generator.n_tokens,
             "tok_per_s": node.generator.tok_per_s,
         },
+        "reach": {
+            "is_reachable": node.reach.is_reachable,
+            "relays": list(node.reach.relays),
+            "circuits": node.reach.server.n_circuits,
+        },
         "discovery": {"found_by_dht": node.discovery.n_found_by_dht},
         "store": {
             "authors": len(node.replica.authors()),

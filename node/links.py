@@ -59,6 +59,11 @@ class LinkMeter:
             self._note_changes()
             await asyncio.sleep(LOOK_S)
 
+    def link_up(self, peer_id: str) -> None:
+        """A link came up: whoever could not be reached before is measured soon."""
+        if peer_id not in self._profiles:
+            self._due_at.pop(peer_id, None)
+
     async def _measure(self, peer_id: str) -> None:
         try:
             peer = await self._mesh.peer(peer_id)

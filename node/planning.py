@@ -104,8 +104,9 @@ class Planning:
         """Look again soon: something changed."""
         self._woken.set()
 
-    def link_up(self, _: Peer) -> None:
-        """A link came up; the meter finds it by itself."""
+    def link_up(self, peer: Peer) -> None:
+        """A link came up: there may be something to measure."""
+        self._meter.link_up(peer.peer_id)
         self.wake()
 
     def withdraw(self) -> None:

@@ -30,6 +30,7 @@ class Contact:
     dial: asyncio.Task[Any] | None = None  # for a new link, or one that lost its carrier
     moving: asyncio.Task[Any] | None = None  # looks for a better carrier while this one works
     up: asyncio.Event = field(default_factory=asyncio.Event)
+    has_relays: asyncio.Event = field(default_factory=asyncio.Event)
     arrivals: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 

@@ -46,8 +46,28 @@ class Dialler:
         self._tasks = tasks
 
     async def open(self, peer_id: str, contact: Contact, hello: Hello) -> tuple[Link, Receipt]:
-        """A carrier by whatever way works, and what the peer has of the link."""
+        """A carrier by whatever way works, and what the peer has of the link.
 
+        A peer that is new to the swarm tells of its relays some seconds after its addresses: then
+        all begins anew, rather than wait for addresses that may lead nowhere.
+        """
+        if contact.has_relays.is_set():
+            return await self._open(peer_id, contact, hello)
+        opening = self._tasks.spawn(self._open(peer_id, contact, hello), "open a carrier")
+        learning = self._tasks.spawn(_wait(contact.has_relays), "wait for relays")
+        try:
+            await asyncio.wait({opening, learning}, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            discard(opening)
+            raise
+        finally:
+            learning.cancel()
+        if opening.done():
+            return opening.result()
+        discard(opening)
+        return await self._open(peer_id, contact, hello)
+
+    async def _open(self, peer_id: str, contact: Contact, hello: Hello) -> tuple[Link, Receipt]:
         async def secure(connection: socket.socket, kind: LinkKind) -> tuple[Link, Receipt]:
             return await self.secure(connection, peer_id, hello, kind)
 
@@ -124,6 +144,10 @@ class Dialler:
         else:
             with suppress(TransportError):
                 link.attach(carrier, received)
+
+
+async def _wait(event: asyncio.Event) -> None:
+    await event.wait()
 
 
 def discard(opening: asyncio.Task[tuple[Link, Receipt]]) -> None:

@@ -42,6 +42,7 @@ class Liveness:
         self._pinged_at = now
         self._used_at = now
         self._peer_pinged_at = float("-inf")
+        self._peer_needed_at = float("-inf")
         self._busy_since: float | None = None
 
     def set_busy(self, *, is_busy: bool, now: float) -> None:
@@ -70,8 +71,13 @@ class Liveness:
     def peer_pinged(self, *, now: float) -> None:
         """A Ping came. One that follows soon on another means that the peer needs the link."""
         if now - self._peer_pinged_at < self.rules.idle_ping_s / 2:
-            self._used_at = now
+            self._used_at = self._peer_needed_at = now
         self._peer_pinged_at = now
+
+    def is_needed(self, *, now: float) -> bool:
+        """Whether either end depends on the link, as far as its pings tell."""
+        is_recent = now - self._peer_needed_at < self.rules.idle_ping_s / 2
+        return self._busy_since is not None or is_recent
 
     def pinged(self, *, now: float) -> None:
         """A Ping was sent."""

@@ -180,6 +180,10 @@ class Mesh:
             contact = self.contact(peer_id)
             contact.mapped, contact.relays = tuple(mapped), tuple(relays)
             contact.addresses = tuple(dict.fromkeys((*contact.mapped, *addresses)))
+            if contact.relays:
+                contact.has_relays.set()
+            else:
+                contact.has_relays.clear()
 
     def addresses_of(self, peer_id: str) -> tuple[str, ...]:
         """Where a peer can be dialled, as far as is known."""

@@ -34,7 +34,8 @@ _N_RTT_PROBES = 5
 _PROBE_BYTES = (256 << 10, 1 << 20, 4 << 20)
 _PROBE_ENOUGH_S = 0.25  # a probe that took this long has left slow start behind
 _MEASURE_DEADLINE_S = 10.0
-_CHECK_S = 1.0
+_CHECK_S, _CHECK_UNKNOWN_S = 0.5, 1.0  # beside some round trips; where none was measured
+_CHECK_ROUND_TRIPS = 4
 _LAG_S = 0.25  # woken later than this, it was we who stood still
 
 
@@ -90,6 +91,11 @@ class Peer:
         return self._holds > 0
 
     @property
+    def is_needed(self) -> bool:
+        """Whether a session depends on this link here, or something does at the peer."""
+        return self._liveness.is_needed(now=self._loop.time())
+
+    @property
     def bytes_sent(self) -> int:
         """Bytes sent on the link so far."""
         return self._link.bytes_sent
@@ -106,9 +112,12 @@ class Peer:
         self._woken.set()
 
     async def check(self) -> None:
-        """Ask for a sign of life; without one in a second, look for another way to the peer."""
+        """Ask for a sign of life; without one soon, look for another way to the peer."""
+        timeout_s = _CHECK_UNKNOWN_S
+        if self.rtt_s is not None:
+            timeout_s = _CHECK_S + _CHECK_ROUND_TRIPS * self.rtt_s
         try:
-            await self.ping(timeout_s=_CHECK_S)
+            await self.ping(timeout_s=timeout_s)
         except LinkTimeout:
             self._link.suspect()
         except TransportError:

@@ -156,6 +156,7 @@ class Reach:
 
     def _facts_changed(self, facts: NatFacts) -> None:
         self.holder.need(is_needed=self.is_reachable is False)
+        self.upgrader.facts_changed()
         self._tell()
 
     def _path_changed(self, peer: Peer) -> None:

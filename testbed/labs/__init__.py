@@ -13,7 +13,7 @@ from typing import Protocol
 
 from benchmarks.rows import Row
 
-from . import links, nat, scenario, swarm, two_hosts
+from . import links, nat, paths, scenario, swarm, two_hosts
 
 
 class LabModule(Protocol):
@@ -41,6 +41,7 @@ LABS: MappingProxyType[str, LabModule] = MappingProxyType(
         "two-hosts": two_hosts,
         "links": links,
         "nat": nat,
+        "paths": paths,
         "scenario": scenario,
         "swarm": swarm,
     }

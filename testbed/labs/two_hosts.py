@@ -7,74 +7,26 @@ are separate; the model's file is the only one they share. The commands are thos
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.rows import Row
 
-from covey.cli.child import NodeProcess, wait_for
+from covey.cli.child import wait_for
 from covey.errors import CoveyError
 from testbed import namespaces
-from testbed.namespaces import Namespace, join_by_cable
+from testbed.machines import Machine
+from testbed.namespaces import join_by_cable
 
 MODEL = "smollm2"
 MAX_BLOCKS = 20
 PROMPT = "Why is the sky blue? Answer in two sentences."
 MAX_TOKENS = "48"
 PLAN_S = 90.0
-COMMAND_S = 120.0
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """A host, its name among members and the folders of its own."""
-
-    host: Namespace
-    folder: Path
-
-    @property
-    def home(self) -> Path:
-        """Where its node keeps its state."""
-        return self.folder / "home"
-
-    def environment(self) -> dict[str, str]:
-        """Ours, but with the machine's own caches."""
-        folders = {"HOME": self.folder, "XDG_CACHE_HOME": self.folder / "cache"}
-        return {**os.environ, **{name: str(folder) for name, folder in folders.items()}}
-
-    def start(self, *arguments: str) -> NodeProcess:
-        """Run a node here, as `covey ARGUMENTS`."""
-        return NodeProcess(
-            [*arguments, "--name", self.host.name, "--max-blocks", str(MAX_BLOCKS)],
-            home=self.home,
-            prefix=self.host.prefix,
-            environment=self.environment(),
-        )
-
-    def covey(self, *arguments: str) -> str:
-        """What a command prints here; raises CalledProcessError if it fails."""
-        done = subprocess.run(
-            [*self.host.prefix, sys.executable, "-m", "covey.cli", *arguments],
-            check=True,
-            stdout=subprocess.PIPE,
-            text=True,
-            timeout=COMMAND_S,
-            env={**self.environment(), "COVEY_HOME": str(self.home), "OMP_NUM_THREADS": "1"},
-        )
-        return done.stdout
-
-    def facts(self, *arguments: str) -> dict[str, Any]:
-        """What a command says with --json."""
-        facts: dict[str, Any] = json.loads(self.covey(*arguments, "--json"))
-        return facts
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -97,10 +49,11 @@ def _measure_once(folder: Path, *, mdns: bool) -> list[Row]:
     with _two_machines(folder) as (first, second):
         reference = first.covey("run", MODEL, PROMPT, "--max-tokens", MAX_TOKENS, "--alone")
         began_at = time.monotonic()
-        with first.start("up", MODEL, option) as founder:
+        with first.start("up", MODEL, option, max_blocks=MAX_BLOCKS) as founder:
             invite = founder.facts["invite"]
             invited_s = time.monotonic() - began_at
-            with second.start("join", invite, "--model", MODEL, option) as joiner:
+            arguments = ("join", invite, "--model", MODEL, option)
+            with second.start(*arguments, max_blocks=MAX_BLOCKS) as joiner:
                 joiner.wait_until_up()
                 wait_for(lambda: _is_planned(second), PLAN_S, "no plan over both hosts")
                 planned_s = time.monotonic() - began_at

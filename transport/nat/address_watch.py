@@ -21,7 +21,7 @@ from covey.transport.tasks import Tasks
 
 logger = logging.getLogger(__name__)
 
-SETTLE_S = 1.0  # without an event before the callback is called
+SETTLE_S = 0.3  # without an event before the callback is called: sessions wait for it
 SETTLE_AT_MOST_S = 5.0
 POLL_S = 5.0
 POLL_WITH_EVENTS_S = 60.0
@@ -43,6 +43,10 @@ class Attachment:
 
     hosts: frozenset[str]
     sources: tuple[str | None, str | None]  # own address of the default route, IPv4 and IPv6
+
+    def is_cut_off_since(self, before: Attachment) -> bool:
+        """Whether the machine is between two networks: it had a way out and has none."""
+        return any(before.sources) and not any(self.sources)
 
     @classmethod
     def now(cls) -> Attachment:
@@ -132,7 +136,7 @@ class AddressWatch:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._poll_s):
                     await self._stirred.wait()
-                await self._settle()
+                await self._settle(before)
             self._has_moved, had_moved = False, self._has_moved
             now = self._look()
             if now != before or had_moved:
@@ -140,11 +144,11 @@ class AddressWatch:
                 logger.info("the network has changed")
                 self._on_change()
 
-    async def _settle(self) -> None:
-        """Wait until events cease, though not for ever."""
+    async def _settle(self, before: Attachment) -> None:
+        """Wait until events cease and there is a way out if there was one, though not for ever."""
         with suppress(TimeoutError):
             async with asyncio.timeout(self._settle_at_most_s):
-                while self._stirred.is_set():
+                while self._stirred.is_set() or self._look().is_cut_off_since(before):
                     self._stirred.clear()
                     await asyncio.sleep(self._settle_s)
         self._stirred.clear()

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Self
 
 from covey.transport.addresses import format_address, reachable_hosts
@@ -39,7 +40,8 @@ logger = logging.getLogger(__name__)
 REFRESH_S = 600.0
 LOOK_S = 5.0  # between looks for observers while there are too few
 LOOK_AT_MOST_S = 60.0
-BETWEEN_ROUNDS_S = 30.0  # where members come and go, none of whom can judge
+# Where members come and go, none of whom can judge: between the first two rounds, and at most.
+BETWEEN_ROUNDS_S, BETWEEN_ROUNDS_AT_MOST_S = 1.0, 30.0
 ENOUGH_OBSERVERS = 2
 REFRESH_DEADLINE_S = 60.0
 ANY_HOST = "0.0.0.0"  # noqa: S104 - all routes out are meant
@@ -83,6 +85,7 @@ class NatService:
         self._udp: list[UdpPort] = []
         self._other_listeners: list[Listener] = []
         self._mapper = PortMapper() if maps_ports else None
+        self._mapping: asyncio.Task[Mapped | None] | None = None
         self._watch = AddressWatch(self._address_changed)
         self._observers: list[Observer] = []
         self._asked: frozenset[Peer] = frozenset()  # candidates at the last refresh
@@ -90,6 +93,7 @@ class NatService:
         self._refreshing: asyncio.Task[NatFacts] | None = None
         self._woken = asyncio.Event()
         self._is_stale = True
+        self._between_s = BETWEEN_ROUNDS_S
         self.steps: tuple[Step, ...] = ()  # of the last refresh, for `covey doctor`
         self.facts = NatFacts(port=mesh.bound[0][1] if mesh.bound else 1, measured_at=0.0)
 
@@ -204,11 +208,11 @@ class NatService:
         """Refresh when something changed, when there are more to ask, and now and then."""
         pause_s = LOOK_S
         while True:
+            self._woken.clear()  # before the round: what comes during it may be too late for it
             if self._is_stale or self._is_due() or self._could_know_more():
                 await self.refresh()
                 # If nobody could answer the round was for nothing: the next one is less urgent.
                 pause_s = LOOK_S if self._observers else min(2 * pause_s, LOOK_AT_MOST_S)
-            self._woken.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(pause_s):
                     await self._woken.wait()
@@ -225,7 +229,7 @@ class NatService:
             return False
         if not observers:
             return bool(candidates)
-        is_recent = time.monotonic() - self.facts.measured_at < BETWEEN_ROUNDS_S
+        is_recent = time.monotonic() - self.facts.measured_at < self._between_s
         return not is_recent and bool(candidates - self._asked)
 
     def _candidates(self) -> frozenset[Peer]:
@@ -256,36 +260,56 @@ class NatService:
         self._is_stale = False
         self._asked = self._candidates()
         port = self.facts.port
+        if self._mapping is None or self._mapping.done():  # UPnP alone takes seconds
+            self._mapping = self._tasks.spawn(self._map(port), "port mapping")
+        mapping = self._mapping
         classifier = Classifier(self._keys, self._responder.key, self._own_hosts())
         observers = await classifier.find_observers(self._asked, self._is_outside)
-        # The router is asked meanwhile: UPnP alone takes seconds.
-        udp, tcp, reached, mapped = await asyncio.gather(
+        udp, tcp, reached = await asyncio.gather(
             classifier.udp(observers),
             classifier.tcp(observers),
             classifier.reachable(observers, port),
-            self._map(port),
         )
-        verified: tuple[str, ...] = ()
-        if mapped is not None:
-            four = [observer for observer in observers if ":" not in observer.host]
-            verified = await classifier.reachable(four, mapped.outer_port)
-            verified = tuple(format_address(host, mapped.outer_port) for host in verified)
         self._observers = observers
-        self.steps = tuple(classifier.steps)
+        self._between_s = min(2 * self._between_s, BETWEEN_ROUNDS_AT_MOST_S)
         # Most of them agree on one host of ours, whatever a single one may say.
         seen = Counter(filter(self._is_outside, (observer.view.host for observer in observers)))
-        return NatFacts(
+        facts = NatFacts(
             udp=udp,
             tcp=tcp,
             port=port,
             is_reachable=bool(reached),
             reachable_hosts=reached[:MAX_HOSTS],
             public_hosts=tuple(host for host, _ in seen.most_common(MAX_HOSTS)),
-            mapped_addresses=verified,
+            mapped_addresses=self.facts.mapped_addresses,
             lan_hosts=self._lan_hosts(),
             n_observers=len([observer for observer in observers if observer.port]),
             measured_at=time.monotonic(),
         )
+        verified = await self._verified(mapping, classifier, observers, facts)
+        self.steps = tuple(classifier.steps)
+        return replace(facts, mapped_addresses=verified)
+
+    async def _verified(
+        self,
+        mapping: asyncio.Task[Mapped | None],
+        classifier: Classifier,
+        observers: list[Observer],
+        facts: NatFacts,
+    ) -> tuple[str, ...]:
+        """Where the router forwards to us, as observers tried it; `facts` are told meanwhile."""
+        if not mapping.done():
+            self._set(facts)  # whoever needs a relay is not to wait for its router
+            woken = self._tasks.spawn(_wait(self._woken), "wait for observers")
+            others = {woken} if not observers else set()  # the next round goes on with the mapping
+            await asyncio.wait({mapping, *others}, return_when=asyncio.FIRST_COMPLETED)
+            woken.cancel()
+        mapped = mapping.result() if mapping.done() else None
+        if mapped is None:
+            return ()
+        four = [observer for observer in observers if ":" not in observer.host]
+        verified = await classifier.reachable(four, mapped.outer_port)
+        return tuple(format_address(host, mapped.outer_port) for host in verified)
 
     async def _map(self, port: int) -> Mapped | None:
         hosts = [ip for ip in map(ipaddress.ip_address, self._lan_hosts()) if ip.version == 4]
@@ -304,6 +328,7 @@ class NatService:
         """What was known is of another network."""
         self._on_address_change()
         self._is_stale = True
+        self._between_s = BETWEEN_ROUNDS_S
         self._observers = []
         self._set(
             NatFacts(
@@ -350,6 +375,10 @@ class NatService:
 
     def _is_peer(self, host: str) -> bool:
         return any(peer.remote_host == host for peer in self._mesh.peers.values())
+
+
+async def _wait(event: asyncio.Event) -> None:
+    await event.wait()
 
 
 def _by_version(bound: tuple[tuple[str, int], ...]) -> dict[int, tuple[str, int]]:

@@ -14,6 +14,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from covey.transport.errors import MalformedFrame, TransportError
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 ASK_S = 5.0
 PAUSES_S = (0.0, 2.0, 10.0, 30.0, 120.0, 600.0)  # before each round; the last one again and again
+NEEDED_PAUSE_S = 10.0  # at most, while somebody depends on the link
+LOOK_S = 2.0  # whether somebody does
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,7 @@ class Upgrader:
         self._clock = clock
         self._tasks = Tasks()
         self._leading: dict[str, asyncio.Task[None]] = {}
+        self._stirred: dict[str, asyncio.Event] = {}  # for those: begin again with short pauses
         self._leader = Leader(mesh, nat)
         self._follower = Follower(mesh, nat)
         mesh.on_path(self._consider)
@@ -75,16 +79,26 @@ class Upgrader:
     def forget(self, peer_id: str) -> None:
         """The link to a peer has ended."""
         self._follower.facts.pop(peer_id, None)
+        self._stirred.pop(peer_id, None)
         leading = self._leading.pop(peer_id, None)
         if leading is not None:
             leading.cancel()
 
+    def facts_changed(self) -> None:
+        """Other ways may work now than those that were tried."""
+        for stirred in self._stirred.values():
+            stirred.set()
+
     def _consider(self, peer: Peer) -> None:
         """A link came up, or moved: does it need a better way?"""
+        if peer.kind is not LinkKind.RELAYED or self._mesh.peer_id > peer.peer_id:
+            return
         leading = self._leading.get(peer.peer_id)
-        is_led = leading is not None and not leading.done()
-        if peer.kind is LinkKind.RELAYED and self._mesh.peer_id < peer.peer_id and not is_led:
-            self._leading[peer.peer_id] = self._tasks.spawn(self._lead(peer), "upgrade")
+        if leading is not None and not leading.done():
+            self._stirred[peer.peer_id].set()
+            return
+        stirred = self._stirred[peer.peer_id] = asyncio.Event()
+        self._leading[peer.peer_id] = self._tasks.spawn(self._lead(peer, stirred), "upgrade")
 
     def _answer(self, peer: Peer, frame: Frame) -> None:
         if isinstance(frame.message, PathOffer) and frame.request is not None:
@@ -97,9 +111,12 @@ class Upgrader:
             for end in (self._leader, self._follower):
                 end.take_text(peer.peer_id, frame.message.text)
 
-    async def _lead(self, peer: Peer) -> None:
-        for n_rounds in range(1 << 30):
-            await asyncio.sleep(PAUSES_S[min(n_rounds, len(PAUSES_S) - 1)])
+    async def _lead(self, peer: Peer, stirred: asyncio.Event) -> None:
+        n_rounds = 0
+        while True:
+            if await self._pause(peer, stirred, PAUSES_S[min(n_rounds, len(PAUSES_S) - 1)]):
+                n_rounds = 0
+            n_rounds += 1
             if peer.error is not None or peer.kind is not LinkKind.RELAYED:
                 return
             try:
@@ -107,6 +124,19 @@ class Upgrader:
             except TransportError as error:
                 extra = {"peer": peer.peer_id[-8:], "reason": str(error)}
                 logger.info("no better way was agreed on", extra=extra)
+
+    async def _pause(self, peer: Peer, stirred: asyncio.Event, pause_s: float) -> bool:
+        """Until it is time for another round; True if that is because something is new."""
+        began_at = self._clock()
+        while (left_s := began_at + pause_s - self._clock()) > 0:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(left_s, LOOK_S)):
+                    await stirred.wait()
+                stirred.clear()
+                return True
+            if peer.is_needed:
+                pause_s = min(pause_s, NEEDED_PAUSE_S)
+        return False
 
     async def _round(self, peer: Peer) -> None:
         ours = self._nat.facts

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
 
 import pytest
 
 from covey.transport.errors import LinkBroken
 from covey.transport.link import LinkKind
 from covey.transport.messages import SessionOpened
+from covey.transport.nat.facts import NatFacts
 from covey.transport.peer import Peer
+from covey.transport.punch.attempts import Attempt, attempts
 from covey.transport.reach import Reach
+from covey.transport.upgrade import upgrader
 from support.meshes import Node, beat, open_session, swarm_of
 
 pytestmark = pytest.mark.network
@@ -107,3 +111,74 @@ async def test_a_relayed_link_survives_its_relay_when_there_is_another(
     answer = await peer.request(open_session(a.id), timeout_s=5)
     assert answer.message == SessionOpened(session="s")
     assert a.mesh.peers[b.id] is peer
+
+
+@contextmanager
+def full_server() -> Iterator[str]:
+    """An address from which no answer comes, as from one behind a router."""
+    with ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        host, port = server.getsockname()
+        for _ in range(4):
+            connection = stack.enter_context(socket.socket())
+            connection.setblocking(False)
+            with suppress(BlockingIOError):
+                connection.connect((host, port))
+        yield f"{host}:{port}"
+
+
+async def test_a_dial_that_leads_nowhere_takes_the_relays_that_become_known(
+    stack: AsyncExitStack,
+) -> None:
+    a, b, relay = await swarm_of(stack, 3)
+    for node in (a, b, relay):
+        await reachable(node, stack)
+    for end in (a, b):
+        await end.mesh.peer(relay.id)
+    with full_server() as address:
+        a.mesh.learn(b.id, (address,))
+        dialling = asyncio.create_task(a.mesh.peer(b.id))
+        while a.mesh.contact(b.id).dial is None:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        a.mesh.learn(b.id, (address,), relays=(relay.id,))
+        async with asyncio.timeout(5):
+            peer = await dialling
+    answer = await peer.request(open_session(a.id), timeout_s=5)
+    assert answer.message == SessionOpened(session="s")
+
+
+def needed(peer: Peer, reach: Reach) -> None:
+    peer.hold()
+
+
+def new_facts(peer: Peer, reach: Reach) -> None:
+    reach.upgrader.facts_changed()
+
+
+@pytest.mark.parametrize("reason", [needed, new_facts])
+async def test_what_did_not_work_is_tried_again_soon_if_there_is_a_reason(
+    stack: AsyncExitStack,
+    monkeypatch: pytest.MonkeyPatch,
+    reason: Callable[[Peer, Reach], None],
+) -> None:
+    may_work, tried = False, asyncio.Event()
+
+    def attempts_now(ours: NatFacts, theirs: NatFacts) -> tuple[Attempt, ...]:
+        tried.set()
+        return attempts(ours, theirs) if may_work else ()
+
+    monkeypatch.setattr(upgrader, "attempts", attempts_now)
+    monkeypatch.setattr(upgrader, "PAUSES_S", (0.0, 3600.0))
+    monkeypatch.setattr(upgrader, "NEEDED_PAUSE_S", 0.1)
+    monkeypatch.setattr(upgrader, "LOOK_S", 0.1)
+    (a, b, _), reaches = await three(stack)
+    for reach in reaches:
+        await reach.nat.refresh()
+    peer = await a.mesh.peer(b.id)
+    async with asyncio.timeout(10):
+        await tried.wait()
+    assert peer.kind is LinkKind.RELAYED
+    may_work = True
+    reason(peer, reaches[0])
+    await until_kind(a, peer, LinkKind.DIRECT)

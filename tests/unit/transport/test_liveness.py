@@ -96,6 +96,17 @@ def test_a_link_the_peer_needs_is_not_closed() -> None:
     assert idle_until(Liveness(now=0.0), 300.0, peer_pings_every_s=1.0) is Action.WAIT
 
 
+def test_a_link_is_needed_while_a_session_or_the_peers_pings_say_so() -> None:
+    assert not Liveness(now=0.0).is_needed(now=0.0)
+    assert busy_link().is_needed(now=0.0)
+    liveness = Liveness(now=0.0)
+    liveness.peer_pinged(now=20.0)
+    assert not liveness.is_needed(now=20.0)  # an idle link's ordinary heartbeat
+    liveness.peer_pinged(now=21.0)
+    assert liveness.is_needed(now=25.0)
+    assert not liveness.is_needed(now=60.0)
+
+
 def test_a_used_or_busy_link_is_not_closed() -> None:
     liveness = Liveness(now=0.0)
     liveness.used(now=30.0)

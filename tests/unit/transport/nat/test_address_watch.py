@@ -9,6 +9,7 @@ import struct
 from covey.transport.nat.address_watch import AddressWatch, Attachment, tells_of_a_move
 
 HOME = Attachment(frozenset({"192.168.1.2"}), ("192.168.1.2", None))
+NOWHERE = Attachment(frozenset(), (None, None))
 CAFE = Attachment(frozenset({"10.0.0.9"}), ("10.0.0.9", None))
 
 
@@ -114,6 +115,24 @@ async def test_a_stream_of_events_does_not_put_off_the_callback_for_ever() -> No
         await network.changed.wait()
     storming.cancel()
     await asyncio.wait({storming})
+    await watch.aclose()
+    kernel.close()
+
+
+async def test_between_two_networks_nothing_is_told() -> None:
+    network = Network()
+    watch = AddressWatch(network.on_change, look=network.look, settle_s=0.01, poll_s=60)
+    kernel, events = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    events.setblocking(False)
+    watch.start(events)
+    async with asyncio.timeout(5):
+        network.attachment = NOWHERE
+        kernel.send(GONE_DEFAULT)
+        for _ in range(5):
+            await network.next_look()
+        assert network.n_changes == 0
+        network.attachment = CAFE
+        await network.changed.wait()
     await watch.aclose()
     kernel.close()
 

@@ -1,0 +1,61 @@
+"""Hosts of a lab with a home of their own, and the commands that a person types there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from covey.cli.child import NodeProcess
+
+from .namespaces import Namespace
+
+COMMAND_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """A host, its name among members and the folders of its own."""
+
+    host: Namespace
+    folder: Path
+
+    @property
+    def home(self) -> Path:
+        """Where its node keeps its state."""
+        return self.folder / "home"
+
+    def environment(self) -> dict[str, str]:
+        """Ours, but with the machine's own caches."""
+        folders = {"HOME": self.folder, "XDG_CACHE_HOME": self.folder / "cache"}
+        return {**os.environ, **{name: str(folder) for name, folder in folders.items()}}
+
+    def start(self, *arguments: str, max_blocks: int) -> NodeProcess:
+        """Run a node here, as `covey ARGUMENTS`."""
+        return NodeProcess(
+            [*arguments, "--name", self.host.name, "--max-blocks", str(max_blocks)],
+            home=self.home,
+            prefix=self.host.prefix,
+            environment=self.environment(),
+        )
+
+    def covey(self, *arguments: str) -> str:
+        """What a command prints here; raises CalledProcessError if it fails."""
+        done = subprocess.run(
+            [*self.host.prefix, sys.executable, "-m", "covey.cli", *arguments],
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=COMMAND_S,
+            env={**self.environment(), "COVEY_HOME": str(self.home), "OMP_NUM_THREADS": "1"},
+        )
+        return done.stdout
+
+    def facts(self, *arguments: str) -> dict[str, Any]:
+        """What a command says with --json."""
+        facts: dict[str, Any] = json.loads(self.covey(*arguments, "--json"))
+        return facts
