@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 KERNELS = $(VENV)/.kernels
 
-.PHONY: setup demo test test-arm lint format fuzz soak build clean \
+.PHONY: setup demo test test-lab test-arm lint format fuzz soak build clean \
     lab lab-nat lab-paths lab-swarm lab-links bench-pipeline bench-transport bench-engine
 
 MODEL ?= smollm2
@@ -36,6 +36,10 @@ demo: $(KERNELS)
 # PYTHONSAFEPATH keeps the checkout off sys.path, so that nothing is imported twice.
 test: $(KERNELS)
 	PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 $(BIN)/pytest
+
+# What takes minutes in namespaces: every kind of NAT named, every pair of them punched through.
+test-lab: $(KERNELS)
+	PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 $(BIN)/pytest -m lab tests/netns
 
 # The native engine for 64-bit ARM under emulation: the same bits as the portable build here.
 test-arm:

@@ -81,7 +81,7 @@ class RunningText:
             self._process.stdout.close()
 
     def wait_for_pieces(self, n_pieces: int, timeout_s: float) -> None:
-        """Until so many have come. Raises CoveyError if the text ends before, or it takes longer."""
+        """Until so many have come. Raises CoveyError if the text ends before, or not in time."""
         deadline = time.monotonic() + timeout_s
         while len(self.story.came_at) < n_pieces:
             if self.story.is_over:

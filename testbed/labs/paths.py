@@ -156,9 +156,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def measure(folder: Path, options: argparse.Namespace) -> Sequence[Row]:
     """Run the cases, each with a swarm of its own."""
-    artefacts = Artefacts("paths")
     rows: list[Row] = []
-    with Lab(_topology()) as lab:
+    with Artefacts("paths") as artefacts, Lab(_topology()) as lab:
         reference = _reference(Machine(lab.machines[HEAD], folder))
         for case in CASES:
             if options.only is None or case.name in options.only:
@@ -168,7 +167,6 @@ def measure(folder: Path, options: argparse.Namespace) -> Sequence[Row]:
                 rows += found
                 for row in found:
                     print(f"{row.figure}: {row.value:.4g}", flush=True)
-    artefacts.close()
     if options.only is None:
         rows.append(_thousand_moves())
     return rows

@@ -10,7 +10,7 @@ from testbed.lab import Lab
 from support import nat_lab
 from support.nat_lab import Said
 
-pytestmark = [pytest.mark.netns, pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.netns, pytest.mark.lab, pytest.mark.timeout(240)]
 
 
 @pytest.fixture(scope="module")
