@@ -5,7 +5,7 @@ of a member. It writes one JSON object a line; times are of the clock that all p
 machine share (`time.monotonic`). `testbed.running_text` is the other end.
 
     {"said": "piece", "at": ..., "text": ...}
-    {"said": "path", "at": ..., "kind": ...}   what carries the link to the member, at each change
+    {"said": "path", "at": ..., "kind": ...}   what carries the link to the member, if it changed
     {"said": "end", "at": ..., "n_tokens": ..., "why": ...}   `why` is empty if the text is whole
 """
 

@@ -37,9 +37,9 @@ class Story:
     why: str = ""  # it did not end well
     is_over: bool = False
 
-    def longest_pause_s(self) -> float:
-        """The largest gap between two pieces."""
-        return max((after - before for before, after in pairwise(self.came_at)), default=0.0)
+    def gaps_s(self) -> list[float]:
+        """The time between each two pieces."""
+        return [after - before for before, after in pairwise(self.came_at)]
 
     def path_after(self, at: float, kinds: frozenset[str]) -> Path | None:
         """The first path of one of these kinds that was seen after a moment."""
@@ -81,7 +81,7 @@ class RunningText:
             self._process.stdout.close()
 
     def wait_for_pieces(self, n_pieces: int, timeout_s: float) -> None:
-        """Until so many have come. Raises CoveyError if the text ends before, or not in time."""
+        """Until so many have come. Raises CoveyError if the text ends before, or takes longer."""
         deadline = time.monotonic() + timeout_s
         while len(self.story.came_at) < n_pieces:
             if self.story.is_over:

@@ -23,7 +23,7 @@ from benchmarks.rows import Row
 
 from covey.cli.child import NodeProcess, wait_for
 from testbed.artefacts import Artefacts, Cell
-from testbed.faults import Kill, Move, Partition, RestartRouter, Undo
+from testbed.faults import Cut, Kill, Move, Partition, RestartRouter, Undo
 from testbed.lab import Lab
 from testbed.links import both_ways
 from testbed.machines import Machine
@@ -76,32 +76,35 @@ class Case:
 
     name: str
     nats: tuple[NatKind, NatKind]  # of the asker's router, and of the worker's
-    happens: Callable[[World, Sequence[Undo]], None]
+    happens: Callable[[World, list[Undo]], None]
     before: frozenset[str]  # what may carry the link between the two until then
     after: frozenset[str] = ANY  # and what must, at some moment afterwards
     apart: bool = False  # the routers do not hear each other until then
     pause_s: float | None = PAUSE_S
 
 
-def _let_meet(world: World, undo: Sequence[Undo]) -> None:
-    for heal in undo:
-        heal()
+def _let_meet(_: World, undo: list[Undo]) -> None:
+    undo.pop()()
 
 
-def _kill_relay(world: World, _: Sequence[Undo]) -> None:
+def _kill_relay(world: World, _: list[Undo]) -> None:
     relay = world.carrying_relay()
     Kill(world.nodes[relay].process.pid).strike(world.lab)
 
 
-def _restart_router(world: World, _: Sequence[Undo]) -> None:
+def _cut_relay(world: World, undo: list[Undo]) -> None:
+    undo.append(Cut(world.carrying_relay()).strike(world.lab))
+
+
+def _restart_router(world: World, _: list[Undo]) -> None:
     RestartRouter(f"r-{OTHER}").strike(world.lab)
 
 
-def _move_other(world: World, _: Sequence[Undo]) -> None:
+def _move_other(world: World, _: list[Undo]) -> None:
     Move(OTHER, "r-cafe").strike(world.lab)
 
 
-def _move_head(world: World, _: Sequence[Undo]) -> None:
+def _move_head(world: World, _: list[Undo]) -> None:
     Move(HEAD, "r-cafe").strike(world.lab)
 
 
@@ -120,6 +123,15 @@ CASES = (
         happens=_kill_relay,
         before=RELAYED,
         after=RELAYED,
+    ),
+    Case(
+        # Nobody's kernel says that it is gone: only its silence does.
+        name="relay's cable pulled out",
+        nats=(NatKind.SYMMETRIC, NatKind.SYMMETRIC),
+        happens=_cut_relay,
+        before=RELAYED,
+        after=RELAYED,
+        pause_s=None,
     ),
     Case(
         name="router restarted",
@@ -156,7 +168,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def measure(folder: Path, options: argparse.Namespace) -> Sequence[Row]:
     """Run the cases, each with a swarm of its own."""
-    rows: list[Row] = []
+    figures: list[Row] = []
     with Artefacts("paths") as artefacts, Lab(_topology()) as lab:
         reference = _reference(Machine(lab.machines[HEAD], folder))
         for case in CASES:
@@ -164,12 +176,12 @@ def measure(folder: Path, options: argparse.Namespace) -> Sequence[Row]:
                 with artefacts.cell(case.name) as cell:
                     found = _run(lab, case, reference, cell)
                     cell.has_failed = options.keep or any(row.met is False for row in found)
-                rows += found
+                figures += found
                 for row in found:
                     print(f"{row.figure}: {row.value:.4g}", flush=True)
     if options.only is None:
-        rows.append(_thousand_moves())
-    return rows
+        figures.append(_thousand_moves())
+    return figures
 
 
 def _topology() -> Topology:
@@ -219,29 +231,34 @@ def _run(lab: Lab, case: Case, reference: str, cell: Cell) -> list[Row]:
             happened_at = time.monotonic()
             case.happens(world, undo)
             story = text.wait(TEXT_S)
-    return _rows(case, story, reference, happened_at)
+    while undo:
+        undo.pop()()
+    _tell(case, story, happened_at)
+    return rows(case, story, reference, happened_at)
 
 
-def _rows(case: Case, story: Story, reference: str, happened_at: float) -> list[Row]:
-    if story.why:
-        print(f"{case.name}: {story.why}")
-    gaps = [after - before for before, after in zip(story.came_at, story.came_at[1:], strict=False)]
-    path = story.path_after(happened_at, case.after)
-    print(f"{case.name}: {[(round(p.at - happened_at, 2), p.kind) for p in story.paths]}")
-    rows = [
+def rows(case: Case, story: Story, reference: str, happened_at: float) -> list[Row]:
+    """The figures of one case."""
+    found = [
         Row(f"{case.name}: same text as one process", float(story.text == reference), 1, "at least")
     ]
     if not story.why:
-        rows += [
+        gaps = story.gaps_s()
+        found += [
             Row(f"{case.name}: longest pause between two tokens, s", max(gaps), case.pause_s),
             Row(f"{case.name}: usual pause between two tokens, s", median(gaps)),
             Row(f"{case.name}: tokens", story.n_tokens),
         ]
     if case.before != case.after:
-        rows.append(
-            Row(f"{case.name}: the link moved", float(path is not None), 1, "at least"),
-        )
-    return rows
+        has_moved = story.path_after(happened_at, case.after) is not None
+        found.append(Row(f"{case.name}: the link moved", float(has_moved), 1, "at least"))
+    return found
+
+
+def _tell(case: Case, story: Story, happened_at: float) -> None:
+    """What a person wants to know besides."""
+    paths = ", ".join(f"{path.kind} at {path.at - happened_at:+.2f} s" for path in story.paths)
+    print(f"{case.name}: {paths}{f'; {story.why}' if story.why else ''}")
 
 
 @contextmanager

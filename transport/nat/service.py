@@ -304,7 +304,7 @@ class NatService:
             others = {woken} if not observers else set()  # the next round goes on with the mapping
             await asyncio.wait({mapping, *others}, return_when=asyncio.FIRST_COMPLETED)
             woken.cancel()
-        mapped = mapping.result() if mapping.done() else None
+        mapped = mapping.result() if mapping.done() and not mapping.cancelled() else None
         if mapped is None:
             return ()
         four = [observer for observer in observers if ":" not in observer.host]
@@ -329,6 +329,9 @@ class NatService:
         self._on_address_change()
         self._is_stale = True
         self._between_s = BETWEEN_ROUNDS_S
+        if self._mapping is not None:
+            self._mapping.cancel()
+            self._mapping = None  # another router is to be asked
         self._observers = []
         self._set(
             NatFacts(

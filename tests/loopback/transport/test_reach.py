@@ -138,8 +138,8 @@ async def test_a_dial_that_leads_nowhere_takes_the_relays_that_become_known(
     with full_server() as address:
         a.mesh.learn(b.id, (address,))
         dialling = asyncio.create_task(a.mesh.peer(b.id))
-        for _ in range(3):
-            await asyncio.sleep(0)  # it begins
+        for _ in range(10):  # until it has begun
+            await asyncio.sleep(0)
         assert a.mesh.contact(b.id).dial is not None
         a.mesh.learn(b.id, (address,), relays=(relay.id,))
         async with asyncio.timeout(5):

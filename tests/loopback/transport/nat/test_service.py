@@ -13,6 +13,7 @@ from aioice import stun
 
 from covey.transport.errors import TransportError
 from covey.transport.membership import Swarm
+from covey.transport.nat import service as service_module
 from covey.transport.nat.facts import NatFacts, NatKind
 from covey.transport.nat.prober import UdpProber
 from covey.transport.nat.responder import UdpPort
@@ -95,6 +96,19 @@ async def test_new_links_are_noticed(stack: AsyncExitStack) -> None:
     await mine.refresh()
     await link(me, first)
     mine.poke()
+    async with asyncio.timeout(10):
+        while mine.facts.n_observers == 0:  # noqa: ASYNC110 - the service has no event of its own
+            await asyncio.sleep(0.05)
+
+
+async def test_a_link_that_comes_during_the_first_round_is_not_overlooked(
+    stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "LOOK_S", 3600.0)
+    monkeypatch.setattr(service_module, "LOOK_AT_MOST_S", 3600.0)
+    (me, mine, _), (first, _, _) = await members(stack, "127.0.0.1", "127.0.0.2")
+    me.mesh.on_path(lambda _: mine.poke())
+    await link(me, first)
     async with asyncio.timeout(10):
         while mine.facts.n_observers == 0:  # noqa: ASYNC110 - the service has no event of its own
             await asyncio.sleep(0.05)
