@@ -36,8 +36,8 @@ MAX_BLOCKS = 20
 ONE_WAY_MS = 2.5  # of each cable: 10 ms from host to host and back, 20 through a relay
 PROMPT = "Once upon a time"
 # A sampled text does not go round in circles, so that a lost or doubled token would show.
-OPTIONS = {"max_tokens": 800, "temperature": 0.8, "seed": 7}
-AT_PIECE = 150  # when something happens
+OPTIONS = {"max_tokens": 1000, "temperature": 0.8, "seed": 7}
+AT_PIECE = 60  # when something happens; a better path may take 20 s to be tried again
 PLANNED_S, LINKED_S, TEXT_S = 120.0, 90.0, 240.0
 PAUSE_S = 3.0  # the target
 SIDES, RELAYS = ("left", "right"), ("relay-1", "relay-2")
