@@ -56,7 +56,7 @@ async def main() -> list[Row]:
             mdns=False,
         )
         async with running_node(config, may_found=True) as node:
-            invite = node.invite(ttl_s=600, uses=1)
+            invite = node.desk.invite(ttl_s=600, uses=1)
             async with _second_node(invite, Path(folder) / "second"):
                 await _planned(node)
                 return await _measure(node)
@@ -127,7 +127,7 @@ async def _split_round(node: Node, n_tokens: int) -> list[StepTiming]:
     )
     return [
         event.timing
-        async for event in node.generate(request)
+        async for event in node.desk.generate(request)
         if isinstance(event, Delta) and event.timing is not None
     ]
 

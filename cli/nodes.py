@@ -317,7 +317,7 @@ def _asked_to_stop(node: Node, number: signal.Signals) -> None:
 def _announce(node: Node, *, as_json: bool) -> None:
     url = node.api.url if node.api is not None else ""
     try:
-        text = node.invite(ttl_s=24 * 3600, uses=8)
+        text = node.desk.invite(ttl_s=24 * 3600, uses=8)
     except InviteInvalid:
         text = None  # restarted very often within a day: the older ones are still good
     if as_json:

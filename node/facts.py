@@ -6,7 +6,9 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from covey import __version__
-from covey.store.schema import MemberCard
+from covey.store.schema import MAX_MAPPED, MAX_RELAYS, MemberCard
+
+from .service import ModelEntry
 
 if TYPE_CHECKING:
     from .runtime import Node
@@ -90,6 +92,52 @@ def member_facts(node: Node) -> dict[str, Any]:
     }
 
 
+def own_card(node: Node) -> MemberCard:
+    """What this node tells all members of itself."""
+    config, reach = node.config, node.reach
+    return MemberCard(
+        peer_id=node.peer_id,
+        name=config.name,
+        addresses=tuple(node.mesh.addresses[:16]),
+        control_addresses=tuple(node.control.addresses[:16]),
+        models=tuple(model.digest for model in node.catalog),
+        max_blocks=config.max_blocks,
+        memory_bytes=config.memory_bytes,
+        version=__version__,
+        started_at=node.started_at,
+        relays=reach.relays[:MAX_RELAYS],
+        is_reachable=reach.is_reachable,
+        mapped=reach.mapped_addresses[:MAX_MAPPED],
+        is_relay=config.relay and bool(reach.is_reachable),
+    )
+
+
+def relays_on_offer(node: Node) -> dict[str, str | None]:
+    """Members that relay and are alive, and at which host."""
+    live = node.live_peers() - {node.peer_id}
+    cards = node.views.members()
+    return {
+        peer_id: card.public_host
+        for peer_id, card in cards.items()
+        if card.is_relay and peer_id in live
+    }
+
+
+def model_entries(node: Node) -> list[ModelEntry]:
+    """Every model that some member serves, by name."""
+    entries = {
+        entry.record.digest: ModelEntry(
+            id=entry.record.name,
+            created=int(node.started_at),
+            digest=entry.record.digest,
+            context_length=entry.record.context_length,
+            is_ready=node.planning.route(entry.record.digest) is not None,
+        )
+        for entry in node.views.manifests()
+    }
+    return sorted(entries.values(), key=lambda entry: entry.id)
+
+
 def _member(node: Node, card: MemberCard, *, is_live: bool) -> dict[str, Any]:
     peer = node.mesh.peers.get(card.peer_id)
     link = None
@@ -122,7 +170,7 @@ def _member(node: Node, card: MemberCard, *, is_live: bool) -> dict[str, Any]:
 
 def _models(node: Node) -> list[dict[str, Any]]:
     facts = []
-    for entry in node.models():
+    for entry in model_entries(node):
         local = node.catalog.by_digest(entry.digest)
         facts.append(
             {

@@ -14,12 +14,10 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from typing import Any
 
-from covey import __version__
-from covey.partition.choose import Prefer
 from covey.store.awareness import Awareness
 from covey.store.disk import Disk
 from covey.store.replica import Replica
-from covey.store.schema import MAX_MAPPED, MAX_RELAYS, MemberCard, Ready, Revocation
+from covey.store.schema import Ready, Revocation
 from covey.store.views import Views
 from covey.transport.control import ControlPlane
 from covey.transport.errors import LinkClosed, PeerLeft, TransportError
@@ -35,12 +33,12 @@ from .api.server import ApiServer
 from .catalog import Catalog, LocalModel
 from .config import NodeConfig
 from .control import Control
+from .desk import Desk
 from .discovery import Discovery
-from .doctor import doctor_facts, ping_facts
 from .engines import Engines
 from .epochs import Epochs
-from .errors import MemberUnreachable, NotReady, RemovedFromSwarm
-from .facts import member_facts, status_facts
+from .errors import NotReady, RemovedFromSwarm
+from .facts import own_card, relays_on_offer
 from .generation import Generator
 from .gossip import Gossip
 from .home import Home
@@ -58,7 +56,6 @@ from .membership import (
 from .pipeline import Pipelines
 from .planning import Planning
 from .route import Route
-from .service import Event, GenerationRequest, ModelEntry
 from .serving import StageServer
 from .switch import Switch
 from .worker import Worker
@@ -69,7 +66,7 @@ EXPIRE_S = 1.0  # between looks at leases that ran out
 
 
 class Node:
-    """A running node; made by `running_node`. Implements `service.Service`."""
+    """A running node; made by `running_node`. What it answers to the API is `desk.py`."""
 
     def __init__(self, config: NodeConfig, home: Home, identity: Identity, entry: Membership):
         self.config = config
@@ -183,81 +180,11 @@ class Node:
             max_sessions=config.max_sessions,
         )
         self._known = entry.known
+        self.desk = Desk(self)
         self.api: ApiServer | None = None
 
-    # --- Service -----------------------------------------------------------------------------
-
-    def models(self) -> Sequence[ModelEntry]:
-        """See `Service.models`."""
-        entries = {
-            entry.record.digest: ModelEntry(
-                id=entry.record.name,
-                created=int(self.started_at),
-                digest=entry.record.digest,
-                context_length=entry.record.context_length,
-                is_ready=self.planning.route(entry.record.digest) is not None,
-            )
-            for entry in self.views.manifests()
-        }
-        return sorted(entries.values(), key=lambda entry: entry.id)
-
-    def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """See `Service.generate`."""
-        return self.generator.generate(request)
-
-    def status(self) -> dict[str, Any]:
-        """See `Service.status`."""
-        return status_facts(self)
-
-    async def plan(self, model: str, prefer: Prefer | None) -> dict[str, Any]:
-        """See `Service.plan`."""
-        return await self.planning.facts(self.catalog.by_name(model), prefer)
-
-    def invite(self, *, ttl_s: float, uses: int) -> str:
-        """See `Service.invite`."""
-        invite = self.invites.issue(
-            swarm=self.swarm.id,
-            inviter=self.peer_id,
-            addresses=self.mesh.addresses,
-            valid_s=ttl_s,
-            uses=uses,
-            unix_time=time.time(),
-        )
-        save_invites(self.home, self.invites)
-        return str(invite)
-
-    def members_facts(self) -> dict[str, Any]:
-        """See `Service.members_facts`."""
-        return member_facts(self)
-
-    def remove_member(self, member: str, *, with_invited: bool) -> dict[str, Any]:
-        """See `Service.remove_member`."""
-        removals = self.epochs.remove(member, with_invited=with_invited)
-        return {"removed": [{"peer_id": said.member, "name": said.name} for said in removals]}
-
-    def allow_member(self, member: str) -> dict[str, Any]:
-        """See `Service.allow_member`."""
-        delegation = self.members.allow(member)
-        name = self.members.name_of(delegation.member)
-        return {"allowed": {"peer_id": delegation.member, "name": name}}
-
-    async def doctor(self) -> dict[str, Any]:
-        """See `Service.doctor`."""
-        others = sorted(self.live_peers() - {self.peer_id})
-        names = {peer_id: self.members.name_of(peer_id) for peer_id in others}
-        return await doctor_facts(self.reach, self.mesh, names)
-
-    async def ping(self, member: str, *, count: int) -> dict[str, Any]:
-        """See `Service.ping`."""
-        peer_id = self.members.find(member)
-        try:
-            peer = await self.mesh.peer(peer_id)
-            return await ping_facts(peer, self.members.name_of(peer_id), count=count)
-        except TransportError as error:
-            raise MemberUnreachable(str(error)) from error
-
     def request_stop(self) -> None:
-        """See `Service.request_stop`."""
+        """Let `wait` return."""
         self.stop_requested.set()
 
     # --- life --------------------------------------------------------------------------------
@@ -280,7 +207,9 @@ class Node:
         self._publish_card()
         control_key = secrets.token_urlsafe(32)
         config = self.config
-        self.api = ApiServer(self, config.api_host, config.api_port, config.api_key, control_key)
+        self.api = ApiServer(
+            self.desk, config.api_host, config.api_port, config.api_key, control_key
+        )
         await self.api.start()
         self.home.publish_api(self.api.url, control_key)
         self._loops = asyncio.create_task(self._run_loops(), name="node loops")
@@ -345,21 +274,7 @@ class Node:
         self._disk.close()
 
     def _publish_card(self) -> None:
-        card = MemberCard(
-            peer_id=self.peer_id,
-            name=self.config.name,
-            addresses=tuple(self.mesh.addresses[:16]),
-            control_addresses=tuple(self.control.addresses[:16]),
-            models=tuple(model.digest for model in self.catalog),
-            max_blocks=self.config.max_blocks,
-            memory_bytes=self.config.memory_bytes,
-            version=__version__,
-            started_at=self.started_at,
-            relays=self.reach.relays[:MAX_RELAYS],
-            is_reachable=self.reach.is_reachable,
-            mapped=self.reach.mapped_addresses[:MAX_MAPPED],
-            is_relay=self.config.relay and bool(self.reach.is_reachable),
-        )
+        card = own_card(self)
         self.replica.set(card.key, card.to_value())
 
     def _reach_changed(self) -> None:
@@ -375,7 +290,7 @@ class Node:
         while True:
             await asyncio.sleep(EXPIRE_S)
             self.server.expire()
-            self.reach.see(self._relays_on_offer())
+            self.reach.see(relays_on_offer(self))
             self.members.saw(self.live_peers(), unix_time=time.time())
 
     def _make_control(self) -> ControlPlane:
@@ -408,15 +323,6 @@ class Node:
         """Members heard of lately, ourselves included."""
         heard = filter(self._is_allowed, self.awareness.live(self.clock()))
         return frozenset({self.peer_id, *heard})
-
-    def _relays_on_offer(self) -> dict[str, str | None]:
-        """Members that relay and are alive, and at which host."""
-        live = self.live_peers()
-        return {
-            peer_id: card.public_host
-            for peer_id, card in self.views.members().items()
-            if card.is_relay and peer_id in live and peer_id != self.peer_id
-        }
 
     def _plan_partners(self) -> set[str]:
         """Those who hold another stage of a plan that we hold a stage of."""

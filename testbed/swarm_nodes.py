@@ -44,7 +44,7 @@ class Nodes:
             case {"do": "stop", "name": str(name)}:
                 return await self._stop(name)
             case {"do": "invite", "name": str(name), "uses": int(uses)}:
-                return {"invite": self._nodes[name].invite(ttl_s=3600.0, uses=uses)}
+                return {"invite": self._nodes[name].desk.invite(ttl_s=3600.0, uses=uses)}
             case {"do": "lookup", "name": str(name), "peer": str(peer)}:
                 return await self._lookup(name, peer)
             case {"do": "announce", "name": str(name)}:

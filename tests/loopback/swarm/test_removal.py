@@ -101,6 +101,7 @@ def test_a_removed_member_is_cut_off_and_told_and_the_rest_go_on(
     assert "Removed" in people.stdout
 
 
+@pytest.mark.lab  # among meshes the same is tested in loopback/transport/test_renewal.py
 def test_who_was_away_gets_in_again_unless_it_was_removed(trio: Swarm, tmp_path: Path) -> None:
     founder, other, _ = trio.members
     arguments = ["--name", "late", "--max-blocks", "0", *LOOPBACK]

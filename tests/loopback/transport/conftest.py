@@ -1,4 +1,4 @@
-"""The data plane must not notice which event loop runs it: its tests here run on both."""
+"""The data plane must not notice which event loop runs it: its central tests here run on both."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import uvloop
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
+ON_BOTH = ("test_mesh.py", "test_mending.py", "test_relay.py")
+
 
 def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
 ) -> Mapping[str, LoopFactory]:
-    if item.path.name.startswith("test_control"):  # tests of the bridge to trio, slow enough once
-        return {"asyncio": asyncio.new_event_loop}
-    return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+    nodes_own: dict[str, LoopFactory] = {"uvloop": uvloop.new_event_loop}
+    return nodes_own | ({"asyncio": asyncio.new_event_loop} if item.path.name in ON_BOTH else {})

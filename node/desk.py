@@ -1,0 +1,93 @@
+"""What a running node answers to its API and its commands; the other side of `service.py`.
+
+Each method is a few lines: it finds the part of the node that knows, and puts what that says into
+the form of the seam. Nothing is decided here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from covey.partition.choose import Prefer
+from covey.transport.errors import TransportError
+
+from .doctor import doctor_facts, ping_facts
+from .errors import MemberUnreachable
+from .facts import member_facts, model_entries, status_facts
+from .membership import save_invites
+from .service import Event, GenerationRequest, ModelEntry
+
+if TYPE_CHECKING:
+    from .runtime import Node
+
+
+class Desk:
+    """Implements `service.Service` for one node."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def models(self) -> Sequence[ModelEntry]:
+        """See `Service.models`."""
+        return model_entries(self._node)
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """See `Service.generate`."""
+        return self._node.generator.generate(request)
+
+    def status(self) -> dict[str, Any]:
+        """See `Service.status`."""
+        return status_facts(self._node)
+
+    async def plan(self, model: str, prefer: Prefer | None) -> dict[str, Any]:
+        """See `Service.plan`."""
+        return await self._node.planning.facts(self._node.catalog.by_name(model), prefer)
+
+    def invite(self, *, ttl_s: float, uses: int) -> str:
+        """See `Service.invite`."""
+        invite = self._node.invites.issue(
+            swarm=self._node.swarm.id,
+            inviter=self._node.peer_id,
+            addresses=(*self._node.reach.mapped_addresses, *self._node.mesh.addresses),
+            valid_s=ttl_s,
+            uses=uses,
+            unix_time=time.time(),
+        )
+        save_invites(self._node.home, self._node.invites)
+        return str(invite)
+
+    def members_facts(self) -> dict[str, Any]:
+        """See `Service.members_facts`."""
+        return member_facts(self._node)
+
+    def remove_member(self, member: str, *, with_invited: bool) -> dict[str, Any]:
+        """See `Service.remove_member`."""
+        removals = self._node.epochs.remove(member, with_invited=with_invited)
+        return {"removed": [{"peer_id": said.member, "name": said.name} for said in removals]}
+
+    def allow_member(self, member: str) -> dict[str, Any]:
+        """See `Service.allow_member`."""
+        delegation = self._node.members.allow(member)
+        name = self._node.members.name_of(delegation.member)
+        return {"allowed": {"peer_id": delegation.member, "name": name}}
+
+    async def doctor(self) -> dict[str, Any]:
+        """See `Service.doctor`."""
+        others = sorted(self._node.live_peers() - {self._node.peer_id})
+        names = {peer_id: self._node.members.name_of(peer_id) for peer_id in others}
+        return await doctor_facts(self._node.reach, self._node.mesh, names)
+
+    async def ping(self, member: str, *, count: int) -> dict[str, Any]:
+        """See `Service.ping`."""
+        peer_id = self._node.members.find(member)
+        try:
+            peer = await self._node.mesh.peer(peer_id)
+            return await ping_facts(peer, self._node.members.name_of(peer_id), count=count)
+        except TransportError as error:
+            raise MemberUnreachable(str(error)) from error
+
+    def request_stop(self) -> None:
+        """See `Service.request_stop`."""
+        self._node.request_stop()
