@@ -229,7 +229,7 @@ def _possessions() -> Counter[str]:
     objects = gc.get_objects()
     return Counter(
         tasks=len(asyncio.all_tasks()),
-        # Not `isinstance`: it asks each object for its class, and some of torch's answer with noise.
+        # Not `isinstance`: that asks an object for its class, which some of torch's answer noisily.
         futures=sum(issubclass(type(thing), asyncio.Future) for thing in objects),
         descriptors=len(list(Path("/proc/self/fd").iterdir())),
     )
