@@ -74,7 +74,7 @@ soak: $(KERNELS)
 lab: $(KERNELS)
 	$(BIN)/python -m testbed two-hosts
 
-# Two members behind every pair of NAT kinds; about twenty minutes.
+# Two members behind every pair of NAT kinds; about ten minutes.
 lab-nat: $(KERNELS)
 	$(BIN)/python -m testbed nat --matrix
 
