@@ -176,7 +176,7 @@ class Listener:
         is_counted = False
         try:
             async with asyncio.timeout(PREAMBLE_S):
-                preamble = await _receive_exactly(connection, PREAMBLE_BYTES)
+                preamble = await receive_exactly(connection, PREAMBLE_BYTES)
             self._silent.pop(connection, None)
             verdict, key_id = self._gate.judge(preamble, unix_time=time.time())
             if verdict is not Verdict.GOOD:
@@ -219,7 +219,7 @@ async def read_preamble(connection: socket.socket, gate: PreambleGate) -> bytes:
     """
     try:
         async with asyncio.timeout(PREAMBLE_S):
-            preamble = await _receive_exactly(connection, PREAMBLE_BYTES)
+            preamble = await receive_exactly(connection, PREAMBLE_BYTES)
     except (OSError, EOFError) as error:  # TimeoutError is among them
         connection.close()
         raise LinkBroken("no preamble came") from error
@@ -267,7 +267,8 @@ def _wake(waiting: asyncio.Future[None]) -> None:
         waiting.set_result(None)
 
 
-async def _receive_exactly(connection: socket.socket, nbytes: int) -> bytes:
+async def receive_exactly(connection: socket.socket, nbytes: int) -> bytes:
+    """So many bytes; raises EOFError if the other side closes first."""
     loop = asyncio.get_running_loop()
     connection.setblocking(False)
     received = b""

@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import socket
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -35,7 +34,7 @@ from .handshake import Credentials
 from .identity import Identity
 from .invite import InviteBook
 from .joining import Welcomer
-from .link import Link, LinkKind
+from .link import Link
 from .liveness import LivenessRules
 from .membership import Swarm
 from .messages import Hello, Message, Receipt
@@ -106,7 +105,7 @@ class Mesh:
             is_allowed=is_allowed,
         )
         self._tasks = Tasks()
-        self._dialler = Dialler(
+        self.dialler = Dialler(
             self.peer_id, lambda: self._credentials, self._is_allowed, self._tasks
         )
         self._is_closing = False
@@ -154,7 +153,7 @@ class Mesh:
 
     def use_relays(self, ways: RelayWays) -> None:
         """How to reach a peer through relays: `ways(peer_id, relays it announces)`."""
-        self._dialler.relay_ways = ways
+        self.dialler.relay_ways = ways
 
     def on_path(self, callback: OnUp) -> None:
         """Call `callback(peer)` for each link that comes up, and each time one moves elsewhere."""
@@ -262,7 +261,7 @@ class Mesh:
     async def _dial(self, peer_id: str, contact: Contact) -> None:
         hello = Hello(link=os.urandom(16), is_new=True)
         try:
-            carrier, _ = await self._dialler.open(peer_id, contact, hello)
+            carrier, _ = await self.dialler.open(peer_id, contact, hello)
         except LinkClosed as error:
             if contact.peer is None:
                 raise PeerUnreachable(peer_id, "it closed the link") from error
@@ -298,24 +297,6 @@ class Mesh:
         if making.cancelled():
             raise LinkBroken("the link went another way meanwhile")
         link.attach(*making.result())
-
-    async def secure(
-        self,
-        connection: socket.socket,
-        peer_id: str,
-        hello: Hello,
-        kind: LinkKind,
-        *,
-        is_announced: bool = False,
-    ) -> tuple[Link, Receipt]:
-        """The dialer's handshake with a member on a connected socket, which it owns from here.
-
-        Raises:
-            TransportError: see `handshake.dial`.
-        """
-        return await self._dialler.secure(
-            connection, peer_id, hello, kind, is_announced=is_announced
-        )
 
     @property
     def credentials(self) -> Credentials:
@@ -360,7 +341,7 @@ class Mesh:
         if self._is_closing:
             link.abort(LinkClosed(by_peer=False))
         else:
-            self._tasks.spawn(self._dialler.mend(contact, peer, link), "mend")
+            self._tasks.spawn(self.dialler.mend(contact, peer, link), "mend")
 
     def _moved(self, peer: Peer) -> None:
         logger.info("link moved", extra={"peer": peer.peer_id[-8:], "kind": peer.kind.value})

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from covey.transport.addresses import format_address, parse_address
 from covey.transport.errors import TransportError
-from covey.transport.listener import accept_one
+from covey.transport.listener import accept_one, receive_exactly
 from covey.transport.messages import (
     DialBack,
     DialledBack,
@@ -29,7 +29,7 @@ from covey.transport.peer import Peer
 from covey.transport.tasks import Tasks
 
 from .facts import MAX_OBSERVERS, Endpoint, Evidence, NatKind, Sighting, classify, is_near
-from .observation import OTHER_PORT, ObserveKeys, observe, receive_exactly, reusable_socket
+from .observation import OTHER_PORT, ObserveKeys, observe, reusable_socket
 from .prober import UdpProber
 from .stun import PROBE_BYTES, TRANSACTION_BYTES, read_probe
 

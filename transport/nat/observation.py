@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 
 from covey.transport.addresses import format_address, parse_address
 from covey.transport.errors import LinkBroken, LinkTimeout, MalformedFrame, TransportError
+from covey.transport.listener import receive_exactly
 from covey.transport.membership import Swarm
 from covey.transport.preamble import NONCE_BYTES, build_preamble
 from covey.transport.tasks import Tasks
@@ -207,18 +208,6 @@ def reusable_socket(host: str, port: int = 0) -> socket.socket:
         bound.close()
         raise TransportError(f"cannot bind {format_address(host, port)}: {error}") from error
     return bound
-
-
-async def receive_exactly(connection: socket.socket, nbytes: int) -> bytes:
-    """So many bytes; raises EOFError if the other side closes first."""
-    loop = asyncio.get_running_loop()
-    received = b""
-    while len(received) < nbytes:
-        more = await loop.sock_recv(connection, nbytes - len(received))
-        if not more:
-            raise EOFError
-        received += more
-    return received
 
 
 def _seal(key: bytes, nonce: bytes, body: bytes) -> bytes:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from covey.transport.errors import LinkBroken, LinkTimeout
 from covey.transport.handshake import Credentials, announce
-from covey.transport.listener import PREAMBLE_S
+from covey.transport.listener import PREAMBLE_S, receive_exactly
 from covey.transport.preamble import (
     PREAMBLE_BYTES,
     RECEIPT_BYTES,
@@ -47,7 +47,7 @@ async def dialer_end(
 
     async def settle(connection: socket.socket) -> socket.socket | None:
         preamble = announce(connection, credentials, peer_id=peer_id)
-        receipt = await _receive_exactly(connection, RECEIPT_BYTES)
+        receipt = await receive_exactly(connection, RECEIPT_BYTES)
         expected = build_receipt(preamble, key=credentials.preamble_key, peer_id=peer_id)
         return connection if hmac.compare_digest(receipt, expected) else None
 
@@ -65,7 +65,7 @@ async def acceptor_end(connections: Connections, gate: PreambleGate) -> tuple[so
     async def settle(connection: socket.socket) -> tuple[socket.socket, bytes] | None:
         nonlocal has_chosen
         async with asyncio.timeout(PREAMBLE_S):
-            preamble = await _receive_exactly(connection, PREAMBLE_BYTES)
+            preamble = await receive_exactly(connection, PREAMBLE_BYTES)
         verdict, key_id = gate.judge(preamble, unix_time=time.time())
         if verdict is not Verdict.GOOD or has_chosen:
             return None
@@ -121,14 +121,3 @@ async def _first(
         finally:
             for connection in taken:
                 hard_close(connection)
-
-
-async def _receive_exactly(connection: socket.socket, nbytes: int) -> bytes:
-    loop = asyncio.get_running_loop()
-    received = b""
-    while len(received) < nbytes:
-        more = await loop.sock_recv(connection, nbytes - len(received))
-        if not more:
-            raise EOFError
-        received += more
-    return received

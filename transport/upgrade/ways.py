@@ -193,7 +193,7 @@ class Leader(_End):
     ) -> tuple[Link, Receipt]:
         mesh = self._mesh
         connection = await dialer_end(connections, mesh.credentials, peer_id=peer.peer_id)
-        return await mesh.secure(
+        return await mesh.dialler.secure(
             connection, peer.peer_id, hello, LinkKind.PUNCHED, is_announced=True
         )
 
@@ -336,7 +336,7 @@ async def _dial(
     mesh: Mesh, peer: Peer, addresses: Sequence[str], hello: Hello
 ) -> tuple[Link, Receipt]:
     async def secure(connection: socket.socket, kind: LinkKind) -> tuple[Link, Receipt]:
-        return await mesh.secure(connection, peer.peer_id, hello, kind)
+        return await mesh.dialler.secure(connection, peer.peer_id, hello, kind)
 
     known = mesh.mapped_of(peer.peer_id)
     return await open_path(
