@@ -64,7 +64,7 @@ def plan_facts(
             },
             "why": list(why.lines),
             "is_chosen": why.is_chosen,
-            "is_active": active is not None and candidate.stages == active.plan.stages,
+            "is_active": active is not None and candidate.pipelines == active.plan.pipelines,
         }
 
     return {
@@ -104,7 +104,7 @@ def _active(active: Route | None, names: Mapping[str, str]) -> dict[str, Any] | 
 def _because(active: Route, chosen: Candidate | None, prefer: Prefer) -> str:
     if chosen is None:
         return "the members that it needs are there, though no new plan could be made now"
-    if chosen.stages == active.plan.stages:
+    if chosen.pipelines == active.plan.pipelines:
         return verdict(chosen, chosen, prefer)
     return "what would be chosen now (+) is not better by enough to move"
 

@@ -387,7 +387,7 @@ def _search(
 
 def _plan_of(model: LocalModel, best: Candidate, epoch: int, proposer: str) -> LayerPlan:
     return make_plan(
-        best.stages,
+        best.pipelines,
         best.prediction,
         model_digest=model.digest,
         epoch=epoch,

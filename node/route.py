@@ -43,9 +43,10 @@ class Route:
             UnsupportedPlan: it has groups, sparse attention, or a codec or engine of a newer
                 version.
         """
-        if any(len(stage.members) != 1 for stage in plan.stages) or plan.index_pattern is not None:
+        pipeline = plan.pipelines[0]
+        if any(stage.is_group for stage in plan.stages) or plan.index_pattern is not None:
             raise UnsupportedPlan("the plan has groups or sparse attention; update this node")
-        if plan.engine not in _ENGINES or not _CODECS.keys() >= set(plan.codecs):
+        if plan.engine not in _ENGINES or not _CODECS.keys() >= set(pipeline.codecs):
             raise UnsupportedPlan("the plan has an engine or codec unknown here; update this node")
         return cls(
             plan=plan,
@@ -53,7 +54,7 @@ class Route:
             epoch=plan.epoch,
             peers=plan.peers,
             spans=tuple((stage.span.start, stage.span.end) for stage in plan.stages),
-            codecs=tuple(_CODECS[codec] for codec in plan.codecs),
+            codecs=tuple(_CODECS[codec] for codec in pipeline.codecs),
             engine=_ENGINES[plan.engine],
             dtype=HIDDEN_DTYPES[_ENGINES[plan.engine]],
         )

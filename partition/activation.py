@@ -11,7 +11,8 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from .choose import Prefer, cost, priced, score
-from .cost import Network, block_cap
+from .cost import Network, block_cap, member_bytes
+from .errors import InvalidPlan
 from .plan import LayerPlan, Prediction, Span
 from .profile import DeviceProfile, LinkProfile, ModelLayout
 
@@ -209,12 +210,15 @@ def _load_s(
 
 def _fits(plan: LayerPlan, layout: ModelLayout, devices: Mapping[str, DeviceProfile]) -> bool:
     for stage in plan.stages:
-        weights = sum(layout.block_bytes[stage.span.start : stage.span.end])
-        for member in stage.members:
+        try:
+            stage.check_shares(layout)
+        except InvalidPlan:
+            return False
+        for idx, member in enumerate(stage.members):
             device = devices.get(member.peer_id)
             if device is None or device.engine != plan.engine:
                 return False
-            share = weights * member.share
+            share = member_bytes(layout, stage, idx)
             if stage.span.n_blocks > block_cap(device) or share > device.memory_bytes:
                 return False
     return True

@@ -53,12 +53,12 @@ def priced(
     """
     try:
         terms = price(
-            plan.stages,
+            plan.pipelines[0].stages,
             layout,
             devices,
             Network(links),
             request=Workload(),
-            codecs=plan.codecs,
+            codecs=plan.pipelines[0].codecs,
             index_pattern=plan.index_pattern,
         )
     except PartitionError:

@@ -14,6 +14,7 @@ a float, so the order of adding them cannot matter and every member computes the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -194,6 +195,24 @@ def chunk_s_per_block(device: DeviceProfile, request: Workload) -> float:
 def kv_bytes_per_block(layout: ModelLayout, request: Workload) -> int:
     """KV cache of one block for every session at full context."""
     return layout.kv_bytes_per_token_per_block * request.context_tokens * request.n_sessions
+
+
+def member_bytes(layout: ModelLayout, stage: StagePlan, idx: int) -> int:
+    """Memory that the weights of member `idx` of a stage take.
+
+    What streams from disk is not counted, but for the two blocks that are passing through.
+    """
+    member, span = stage.members[idx], stage.span
+    share = 1.0
+    if stage.is_group:
+        mlp_share = 1.0 - layout.attention_share
+        share = (
+            layout.attention_share * member.kv_heads / layout.n_kv_heads
+            + mlp_share * member.mlp_columns / layout.mlp_columns
+        )
+    sizes = sorted(layout.block_bytes[span.start : span.end])
+    n_held = min(span.n_blocks, span.n_blocks - member.streamed_blocks + 2)
+    return math.ceil(sum(sizes[len(sizes) - n_held :]) * share)
 
 
 def stage_bytes(layout: ModelLayout, span: Span, request: Workload, *, is_head: bool) -> int:

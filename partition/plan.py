@@ -2,8 +2,8 @@
 
 Knows nothing of speed; figures in it are the proposer's and are never trusted (D8). A plan is not
 signed here: it lives in its proposer's document of the store, whose envelope is signed. Invariant:
-the stages of a `LayerPlan` cover `[0, n_blocks)` exactly once and in order, and no peer is in it
-twice; a value that breaks this cannot be made.
+the stages of each pipeline of a `LayerPlan` cover `[0, n_blocks)` exactly once and in order, and no
+peer is in it twice; a value that breaks this cannot be made.
 
 Borders are counted along the life of a token: border 0 leads from the head to stage 0, border i
 from stage i-1 to stage i, border n_stages from the last stage back to the head.
@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 import msgspec
 
@@ -22,12 +21,14 @@ from .bounds import check_name, check_real, check_whole
 from .errors import InvalidPlan
 from .profile import MAX_BLOCKS, MAX_BYTES, ModelLayout
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 MAX_STAGES = 64
 MAX_MEMBERS = 16  # of one tensor-parallel group
+MAX_PIPELINES = 16
 MAX_EPOCH = 1 << 31  # as a frame carries it
 MAX_FIGURE = 1e300
-CODECS = ("exact", "fp16", "int8")  # of hidden states at a border; see border_bytes_per_token
+CODECS = ("exact", "fp16", "int8", "int4")  # of hidden states at a border
+SUM_CODECS = ("exact", "fp16", "int8")  # of partial sums in a group
 
 _ENCODER = msgspec.msgpack.Encoder(order="sorted")
 
@@ -52,24 +53,24 @@ class Span:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Member:
-    """One peer of a stage and the share `num/den` of each block's heads and MLP that it holds."""
+    """One peer of a stage, and what of each block it holds and computes.
+
+    In a stage of one member, all: both shares are 0 then. In a group, ranges in the order of the
+    members: the first has KV heads `[0, kv_heads)`, the next those behind them, and so the MLP's
+    columns. A member of a group may hold no heads, or no columns, but not nothing.
+    """
 
     peer_id: str
-    num: int = 1
-    den: int = 1
+    kv_heads: int = 0  # with the query heads that read them
+    mlp_columns: int = 0
+    streamed_blocks: int = 0  # of the span, read from disk for each step; 0: all stay in memory
 
     def __post_init__(self) -> None:
-        """Check every bound; the share is in lowest terms, so that equal plans are equal bytes."""
+        """Check every bound."""
         check_name("member.peer_id", self.peer_id)
-        check_whole("member.den", self.den, 1, 1 << 16)
-        check_whole("member.num", self.num, 1, self.den)
-        if Fraction(self.num, self.den).denominator != self.den:
-            raise InvalidPlan("member.num", "share must be in lowest terms")
-
-    @property
-    def share(self) -> Fraction:
-        """`num/den`, in (0, 1]."""
-        return Fraction(self.num, self.den)
+        check_whole("member.kv_heads", self.kv_heads, 0, 1 << 16)
+        check_whole("member.mlp_columns", self.mlp_columns, 0, 1 << 24)
+        check_whole("member.streamed_blocks", self.streamed_blocks, 0, MAX_BLOCKS)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -79,18 +80,54 @@ class StagePlan:
     span: Span
     members: tuple[Member, ...]
     hub_idx: int = 0  # the member that borders lead to and from
+    sum_codec: str = "fp16"  # of a group's partial sums on the wire; they are added in fp32
 
     def __post_init__(self) -> None:
-        """Check that the shares add up and the hub exists."""
+        """Check that the shares are such that somebody can hold them, and the hub exists."""
         check_whole("stage.members", len(self.members), 1, MAX_MEMBERS)
         check_whole("stage.hub_idx", self.hub_idx, 0, len(self.members) - 1)
-        if sum(member.share for member in self.members) != 1:
-            raise InvalidPlan("stage.members", "shares must add up to one")
+        if self.sum_codec not in SUM_CODECS:
+            raise InvalidPlan("stage.sum_codec", f"must be of {', '.join(SUM_CODECS)}")
+        for member in self.members:
+            check_whole("member.streamed_blocks", member.streamed_blocks, 0, self.span.n_blocks)
+            has_share = member.kv_heads > 0 or member.mlp_columns > 0
+            if has_share != self.is_group:
+                raise InvalidPlan("stage.members", "must have shares in a group, and only there")
 
     @classmethod
-    def alone(cls, peer_id: str, start: int, end: int) -> StagePlan:
+    def alone(cls, peer_id: str, start: int, end: int, *, streamed_blocks: int = 0) -> StagePlan:
         """The stage of one peer that runs the whole of blocks `[start, end)`."""
-        return cls(Span(start, end), (Member(peer_id),))
+        return cls(Span(start, end), (Member(peer_id, streamed_blocks=streamed_blocks),))
+
+    @property
+    def is_group(self) -> bool:
+        """Whether several members share each block."""
+        return len(self.members) > 1
+
+    def kv_heads_of(self, idx: int) -> tuple[int, int]:
+        """KV heads [start, end) of member `idx` of a group."""
+        start = sum(member.kv_heads for member in self.members[:idx])
+        return start, start + self.members[idx].kv_heads
+
+    def mlp_columns_of(self, idx: int) -> tuple[int, int]:
+        """Columns [start, end) of the MLP of member `idx` of a group."""
+        start = sum(member.mlp_columns for member in self.members[:idx])
+        return start, start + self.members[idx].mlp_columns
+
+    def check_shares(self, layout: ModelLayout) -> None:
+        """Raise `InvalidPlan` unless a group's shares are all of each block of this model."""
+        if not self.is_group:
+            return
+        if not layout.can_split:
+            raise InvalidPlan("stage.members", "blocks of this model cannot be split")
+        if sum(member.kv_heads for member in self.members) != layout.n_kv_heads:
+            raise InvalidPlan("stage.members", f"must hold {layout.n_kv_heads} KV heads in all")
+        if sum(member.mlp_columns for member in self.members) != layout.mlp_columns:
+            raise InvalidPlan("stage.members", f"must hold {layout.mlp_columns} columns in all")
+        if any(member.mlp_columns % layout.mlp_quantum for member in self.members):
+            raise InvalidPlan(
+                "stage.members", f"must cut the MLP at multiples of {layout.mlp_quantum}"
+            )
 
     @property
     def hub(self) -> str:
@@ -137,15 +174,60 @@ class PlanLimits:
     peers: frozenset[str] | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerPlan:
-    """One way to run one model on some members, in the epoch it was proposed for."""
+@dataclass(frozen=True, slots=True, order=True)
+class Pipeline:
+    """A chain of stages over the whole model, and what crosses its borders."""
 
-    model_digest: str
-    epoch: int
     stages: tuple[StagePlan, ...]
     codecs: tuple[str, ...]  # [n_stages + 1], one per border
     carries: tuple[bool, ...]  # [n_stages + 1]: does the border carry top-k indices
+
+    def __post_init__(self) -> None:
+        """Check the invariant of the module and every bound."""
+        check_stages(self.stages)
+        for field in ("codecs", "carries"):
+            if len(getattr(self, field)) != len(self.stages) + 1:
+                raise InvalidPlan(f"plan.{field}", "must have one entry per border")
+        for codec in self.codecs:
+            if codec not in CODECS:
+                raise InvalidPlan("plan.codecs", f"must be of {', '.join(CODECS)}")
+
+    @classmethod
+    def of(
+        cls,
+        stages: Sequence[StagePlan],
+        *,
+        codecs: Sequence[str] | None = None,
+        index_pattern: str | None = None,
+    ) -> Pipeline:
+        """A chain with the carries that `index_pattern` asks for; codecs are `exact` by default."""
+        check_stages(stages)
+        if index_pattern is not None:
+            check_index_pattern(index_pattern, stages[-1].span.end)
+        codecs = ("exact",) * (len(stages) + 1) if codecs is None else codecs
+        return cls(tuple(stages), tuple(codecs), carries_of(stages, index_pattern))
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks of the whole model."""
+        return self.stages[-1].span.end
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """Every member's peer id, in stage order."""
+        return tuple(peer_id for stage in self.stages for peer_id in stage.peers)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerPlan:
+    """One way to run one model on some members, in the epoch it was proposed for.
+
+    Of several pipelines, which share no member, a session runs on one.
+    """
+
+    model_digest: str
+    epoch: int
+    pipelines: tuple[Pipeline, ...]
     engine: str
     prediction: Prediction
     proposer: str
@@ -160,24 +242,25 @@ class LayerPlan:
         check_name("plan.engine", self.engine)
         check_name("plan.proposer", self.proposer)
         check_whole("plan.epoch", self.epoch, 0, MAX_EPOCH)
-        check_stages(self.stages)
-        for field in ("codecs", "carries"):
-            if len(getattr(self, field)) != len(self.stages) + 1:
-                raise InvalidPlan(f"plan.{field}", "must have one entry per border")
-        for codec in self.codecs:
-            if codec not in CODECS:
-                raise InvalidPlan("plan.codecs", f"must be of {', '.join(CODECS)}")
+        check_whole("plan.pipelines", len(self.pipelines), 1, MAX_PIPELINES)
+        check_pipelines(self.pipelines)
         if self.index_pattern is not None:
             check_index_pattern(self.index_pattern, self.n_blocks)
-        if self.carries != carries_of(self.stages, self.index_pattern):
-            raise InvalidPlan("plan.carries", "must be true where the next block is Shared")
+        for pipeline in self.pipelines:
+            if pipeline.carries != carries_of(pipeline.stages, self.index_pattern):
+                raise InvalidPlan("plan.carries", "must be true where the next block is Shared")
         if tuple(peer_id for peer_id, _ in self.prediction.memory_bytes) != self.peers:
             raise InvalidPlan("prediction.memory_bytes", "must name the members in stage order")
 
     @property
     def n_blocks(self) -> int:
         """Blocks of the whole model."""
-        return self.stages[-1].span.end
+        return self.pipelines[0].n_blocks
+
+    @property
+    def stages(self) -> tuple[StagePlan, ...]:
+        """The stages of all pipelines, one pipeline after the other."""
+        return tuple(stage for pipeline in self.pipelines for stage in pipeline.stages)
 
     @property
     def peers(self) -> tuple[str, ...]:
@@ -235,8 +318,7 @@ _IDENTITY = (
     "version",
     "model_digest",
     "epoch",
-    "stages",
-    "codecs",
+    "pipelines",
     "index_pattern",
     "engine",
     "proposer",
@@ -246,12 +328,16 @@ _IDENTITY = (
 def border_bytes_per_token(layout: ModelLayout, codec: str) -> int:
     """Bytes of one token's hidden states on the wire, without indices.
 
-    int8 is one byte per element and a four-byte scale per row.
+    int8 and int4 have an fp16 scale per group of 32; int4 keeps one value in 64 as it is, with a
+    two-byte place.
     """
+    n_groups = -(-layout.hidden_size // 32)
     if codec == "fp16":
         return 2 * layout.hidden_size
     if codec == "int8":
-        return layout.hidden_size + 4
+        return layout.hidden_size + 2 * n_groups
+    if codec == "int4":
+        return -(-layout.hidden_size // 2) + 2 * n_groups + 4 * -(-layout.hidden_size // 64)
     if codec == "exact":
         return layout.wire_bytes_per_token
     raise InvalidPlan("codec", f"must be of {', '.join(CODECS)}")
@@ -270,6 +356,15 @@ def check_stages(stages: Sequence[StagePlan]) -> None:
         raise InvalidPlan("plan.stages", "must not name a peer twice")
 
 
+def check_pipelines(pipelines: Sequence[Pipeline]) -> None:
+    """Raise `InvalidPlan` unless they run one model and share no member."""
+    if len({pipeline.n_blocks for pipeline in pipelines}) != 1:
+        raise InvalidPlan("plan.pipelines", "must cover the same blocks")
+    peers = [peer_id for pipeline in pipelines for peer_id in pipeline.peers]
+    if len(set(peers)) != len(peers):
+        raise InvalidPlan("plan.pipelines", "must not name a peer twice")
+
+
 def check_index_pattern(pattern: str, n_blocks: int) -> None:
     """Raise `InvalidPlan` unless there is one F or S per block, and the first is F."""
     if len(pattern) != n_blocks or not pattern.startswith("F") or pattern.strip("FS"):
@@ -283,27 +378,20 @@ def carries_of(stages: Sequence[StagePlan], pattern: str | None) -> tuple[bool, 
 
 
 def make_plan(
-    stages: Sequence[StagePlan],
+    pipelines: Sequence[Pipeline],
     prediction: Prediction,
     *,
     model_digest: str,
     epoch: int,
     proposer: str,
     engine: str,
-    codec: str = "exact",
     index_pattern: str | None = None,
 ) -> LayerPlan:
-    """A plan of a candidate's stages with one codec at every border."""
-    stages = tuple(stages)
-    check_stages(stages)
-    if index_pattern is not None:
-        check_index_pattern(index_pattern, stages[-1].span.end)
+    """A plan of a candidate's pipelines."""
     return LayerPlan(
         model_digest=model_digest,
         epoch=epoch,
-        stages=stages,
-        codecs=(codec,) * (len(stages) + 1),
-        carries=carries_of(stages, index_pattern),
+        pipelines=tuple(pipelines),
         engine=engine,
         prediction=prediction,
         proposer=proposer,

@@ -21,6 +21,8 @@ MIN_SECONDS = 1e-12
 MAX_RTT_S = 600.0
 MAX_LOSS = 0.95
 
+BATCHES = (2, 4, 8)  # sessions of one decode step, beside one, that devices are measured with
+
 LinkKind = Literal["direct", "mapped", "punched", "webrtc", "relayed", "memory"]
 
 
@@ -59,6 +61,11 @@ class ModelLayout(Value):
     head_bytes: int  # final norm and output head; 0 where it is tied to the embedding
     kv_bytes_per_token_per_block: int
     wire_bytes_per_token: int  # hidden states of one token across a border, codec `exact`
+    # What a tensor-parallel group can share out; without KV heads here a block cannot be split.
+    n_kv_heads: int = 0  # each goes with its query heads
+    mlp_columns: int = 0  # width of the MLP
+    mlp_quantum: int = 32  # columns that must stay together: a block of the quantisation
+    attention_share: float = 0.25  # of a block's bytes; the rest is the MLP's
     index_bytes_per_token: int = 0  # top-k indices that a border in front of a Shared block carries
 
     def __post_init__(self) -> None:
@@ -78,6 +85,15 @@ class ModelLayout(Value):
             "index_bytes_per_token",
         ):
             check_whole(f"layout.{field}", getattr(self, field), 0, 1 << 30)
+        check_whole("layout.n_kv_heads", self.n_kv_heads, 0, 1 << 16)
+        check_whole("layout.mlp_columns", self.mlp_columns, 0, 1 << 24)
+        check_whole("layout.mlp_quantum", self.mlp_quantum, 1, 1 << 16)
+        check_real("layout.attention_share", self.attention_share, 0.0, 1.0)
+
+    @property
+    def can_split(self) -> bool:
+        """Whether a group can share out its blocks."""
+        return self.n_kv_heads > 0 and self.mlp_columns >= self.mlp_quantum
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +110,16 @@ class DeviceProfile(Value):
     disk_bytes_per_s: float
     max_blocks: int | None = None  # the owner's cap; 0 means: a head only
     measured_at: float = 0.0  # Unix seconds, for people; the planner does not look at it
+    # What a profile of a newer node says as well; without, the figures above stand for these.
+    batch_decode_s_per_block: tuple[float, ...] = ()  # a whole batch, of each of BATCHES
+    batch_head_s: tuple[float, ...] = ()  # the same for the head's own work
+    depth_s_per_block: float = 0.0  # what each position of context adds to a token, in one block
+    prefill_s_per_block: tuple[tuple[int, float], ...] = ()  # (tokens of a chunk, seconds), rising
+    step_s: float = 0.0  # of each step beside its blocks: framing, changes of thread
+    split_s_per_block: float = 0.0  # what running a block as two halves adds, the all-reduce apart
+    n_cores: int = 1  # that the engine uses
+    busy_share: float = 0.0  # of them, in use by others
+    version: int = 0  # counts what this node published of this model
 
     def __post_init__(self) -> None:
         """Check every bound."""
@@ -107,6 +133,26 @@ class DeviceProfile(Value):
         if self.max_blocks is not None:
             check_whole("device.max_blocks", self.max_blocks, 0, 1 << 30)
         check_real("device.measured_at", self.measured_at, 0.0, 1e12)
+        for field in ("batch_decode_s_per_block", "batch_head_s"):
+            if len(getattr(self, field)) not in (0, len(BATCHES)):
+                raise InvalidPlan(f"device.{field}", f"must have {len(BATCHES)} entries or none")
+            for seconds in getattr(self, field):
+                check_real(f"device.{field}", seconds, MIN_SECONDS, MAX_SECONDS)
+        for field in ("depth_s_per_block", "step_s", "split_s_per_block"):
+            check_real(f"device.{field}", getattr(self, field), 0.0, MAX_SECONDS)
+        self._check_chunks()
+        check_whole("device.n_cores", self.n_cores, 1, 1 << 16)
+        check_real("device.busy_share", self.busy_share, 0.0, 1.0)
+        check_whole("device.version", self.version, 0, 1 << 31)
+
+    def _check_chunks(self) -> None:
+        field = "device.prefill_s_per_block"
+        check_whole(field, len(self.prefill_s_per_block), 0, 16)
+        before = 0
+        for n_tokens, seconds in self.prefill_s_per_block:
+            check_whole(field, n_tokens, before + 1, 1 << 16)
+            check_real(field, seconds, MIN_SECONDS, MAX_SECONDS)
+            before = n_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,14 @@ from .dominance import front_of
 from .errors import InvalidPlan, PlanInfeasible
 from .instance import build_instance, span_ends
 from .labels import Chain, LabelSearch
-from .plan import Prediction, Span, StagePlan, border_bytes_per_token, check_index_pattern
+from .plan import (
+    Pipeline,
+    Prediction,
+    Span,
+    StagePlan,
+    border_bytes_per_token,
+    check_index_pattern,
+)
 from .profile import DeviceProfile, LinkProfile, ModelLayout, Workload
 
 EXACT_DEVICES = 12
@@ -29,10 +36,15 @@ REPLY_TOKENS = 128  # a reply of ordinary length, where one figure has to stand 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """Stages that would run the model, and what they should do."""
+    """Pipelines that would run the model, and what they should do."""
 
-    stages: tuple[StagePlan, ...]
+    pipelines: tuple[Pipeline, ...]
     prediction: Prediction
+
+    @property
+    def stages(self) -> tuple[StagePlan, ...]:
+        """The stages of all pipelines, one pipeline after the other."""
+        return tuple(stage for pipeline in self.pipelines for stage in pipeline.stages)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +111,7 @@ def pareto_front(
 
     def candidate(stages: tuple[StagePlan, ...]) -> Candidate:
         codecs = (codec,) * (len(stages) + 1)
+        pipeline = Pipeline.of(stages, codecs=codecs, index_pattern=index_pattern)
         terms = price(
             stages,
             layout,
@@ -109,7 +122,7 @@ def pareto_front(
             codecs=codecs,
             index_pattern=index_pattern,
         )
-        return Candidate(stages=stages, prediction=terms.prediction())
+        return Candidate(pipelines=(pipeline,), prediction=terms.prediction())
 
     found = [candidate(_stages_of(chain, ordered)) for _, chain in search.front]
     if not found:

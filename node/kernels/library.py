@@ -29,7 +29,7 @@ from .matrix_type import MatrixType
 from .pacer import Pacer
 from .structures import Block, Matrix, Parts, Rope, Run, Shape
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 ISA_VARIABLE = "COVEY_KERNELS"  # names the instruction set to use in place of the best one
 
 Floats = npt.NDArray[np.float32]
@@ -68,7 +68,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "covey_span_forward": (
         c_int32,
         [
-            *(c_void_p, POINTER(Shape), POINTER(Block), c_int32, POINTER(Run), c_int32),
+            *(c_void_p, POINTER(Shape), POINTER(Block), c_int32, c_int32, POINTER(Run), c_int32),
             *(POINTER(Rope), c_int32, c_void_p, c_uint32),
         ],
     ),
@@ -203,6 +203,9 @@ class Engine:
         ropes: Sequence[tuple[Floats, Floats]],
         hidden: Floats,
         parts: Parts = Parts.BLOCK,
+        *,
+        first_block: int = 0,
+        page_blocks: int | None = None,
     ) -> None:
         """Run `blocks` on hidden [n_rows, D] in place, all rows in one pass over the weights.
 
@@ -210,11 +213,13 @@ class Engine:
             shape: of every block.
             blocks: whose matrices are alive.
             runs: (pages, position, n_rows) of sessions, each another one, in the order of their
-                rows; pages of `Library.page_bytes` of this shape and as many blocks.
+                rows; pages of `Library.page_bytes` of this shape and `page_blocks`.
             ropes: one or two tables, cosines and sines [n_positions, rope_dim/2] from position 0
                 on; `Block.rope` says which.
             hidden: float32, contiguous, writable.
             parts: which half, or both.
+            first_block: place of the first of `blocks` within the pages.
+            page_blocks: blocks that the pages are for; by default just these.
         """
         n_rows = sum(run[2] for run in runs)
         _check_array(hidden, np.float32, (n_rows, shape.hidden_size))
@@ -223,7 +228,9 @@ class Engine:
         for cosines, sines in ropes:
             for table in (cosines, sines):
                 _check_array(table, np.float32, (len(cosines), shape.rope_dim // 2))
-        page_bytes = self.library.page_bytes(shape, len(blocks))
+        page_blocks = len(blocks) if page_blocks is None else page_blocks
+        _require(0 <= first_block <= page_blocks - len(blocks), "blocks beyond the pages")
+        page_bytes = self.library.page_bytes(shape, page_blocks)
         _require(all(run[0].page_bytes == page_bytes for run in runs), "pages of another shape")
         described = (Run * len(runs))(*(table.run(at, n) for table, at, n in runs))
         tables = (Rope * len(ropes))(
@@ -231,7 +238,7 @@ class Engine:
         )
         self._call(
             "covey_span_forward",
-            *(shape, blocks, len(blocks), described, len(runs)),
+            *(shape, blocks, len(blocks), first_block, described, len(runs)),
             *(tables, len(tables), hidden.ctypes.data, int(parts)),
         )
 

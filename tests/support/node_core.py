@@ -23,7 +23,7 @@ from covey.node.route import Route
 from covey.node.serving import LEASE_TTL_S, LoadedStage, StageServer
 from covey.node.switch import Switch
 from covey.node.worker import Done, Worker, WorkerClosed
-from covey.partition.plan import Prediction, StagePlan, make_plan
+from covey.partition.plan import Pipeline, Prediction, StagePlan, make_plan
 from covey.transport.errors import LinkBroken, PeerUnreachable, TransportError
 from covey.transport.frame import Tensor
 from covey.transport.identity import Identity
@@ -262,13 +262,12 @@ def route_of(
     )
     return Route.of(
         make_plan(
-            stages,
+            [Pipeline.of(stages, codecs=(codec,) * (len(stages) + 1))],
             prediction,
             model_digest=model_digest,
             epoch=epoch,
             proposer=peer_ids[0],
             engine=engine,
-            codec=codec,
         )
     )
 

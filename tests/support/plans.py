@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from covey.partition.plan import LayerPlan, Prediction, StagePlan, make_plan
+from covey.partition.plan import LayerPlan, Pipeline, Prediction, StagePlan, make_plan
 from covey.partition.profile import DeviceProfile, LinkProfile, ModelLayout
 
 MODEL = "model"
@@ -71,7 +71,7 @@ def plan(
 ) -> LayerPlan:
     made = stages(*spans)
     return make_plan(
-        made,
+        [Pipeline.of(made, index_pattern=index_pattern)],
         Prediction(
             ttft_s=1.0,
             tpot_s=tpot_s,

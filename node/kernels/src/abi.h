@@ -22,7 +22,7 @@
 extern "C" {
 #endif
 
-#define COVEY_ABI_VERSION 4
+#define COVEY_ABI_VERSION 5
 
 /* Matrix formats, by their numbers in GGUF. */
 enum {
@@ -145,10 +145,11 @@ COVEY_EXPORT int64_t covey_page_bytes(const covey_shape* shape, int32_t n_blocks
 
 /* Run `parts` of each block on the rows of all runs, in place: hidden [rows of run 0, rows of run
  * 1, ...][hidden_size]. Every run is of another session, and each result is the same as that of
- * the run alone. */
+ * the run alone. `first_block` is the place of the first of `blocks` within the pages, so that a
+ * span whose pages hold more blocks can be run piece by piece. */
 COVEY_EXPORT int32_t covey_span_forward(covey_engine* engine, const covey_shape* shape,
                                         const covey_block* blocks, int32_t n_blocks,
-                                        const covey_run* runs, int32_t n_runs,
+                                        int32_t first_block, const covey_run* runs, int32_t n_runs,
                                         const covey_rope* ropes, int32_t n_ropes, float* hidden,
                                         uint32_t parts);
 

@@ -220,12 +220,12 @@ int64_t covey_page_bytes(const covey_shape* shape, int32_t n_blocks) {
 }
 
 int32_t covey_span_forward(covey_engine* engine, const covey_shape* shape, const covey_block* blocks,
-                           int32_t n_blocks, const covey_run* runs, int32_t n_runs,
+                           int32_t n_blocks, int32_t first_block, const covey_run* runs, int32_t n_runs,
                            const covey_rope* ropes, int32_t n_ropes, float* hidden,
                            uint32_t parts) {
     constexpr uint32_t kBoth = COVEY_ATTENTION | COVEY_MLP;
     const uint32_t halves = parts & kBoth;
-    if (!engine || !shape || !blocks || n_blocks < 1 || !runs || n_runs < 1 || !hidden ||
+    if (!engine || !shape || !blocks || n_blocks < 1 || first_block < 0 || !runs || n_runs < 1 || !hidden ||
         !is_shape(*shape) || !halves || parts > (kBoth | COVEY_PARTIAL) ||
         (parts & COVEY_PARTIAL && (n_blocks != 1 || halves == kBoth)))
         return COVEY_INVALID;
@@ -238,7 +238,7 @@ int32_t covey_span_forward(covey_engine* engine, const covey_shape* shape, const
         PassCutter cutter(runs, n_runs, ropes);
         while (const PassRows* rows = cutter.next()) {
             Pass pass(*engine, *shape, *rows, hidden, parts);
-            for (int i = 0; i < n_blocks; i++) pass.run(blocks[i], i);
+            for (int i = 0; i < n_blocks; i++) pass.run(blocks[i], first_block + i);
             hidden += int64_t{rows->count()} * shape->hidden_size;
         }
     } catch (const std::bad_alloc&) {

@@ -26,7 +26,7 @@ from covey.node.serving import StageServer
 from covey.node.switch import Switch
 from covey.node.worker import Done
 from covey.partition.activation import PENDING_S
-from covey.partition.plan import LayerPlan, Prediction, StagePlan, make_plan
+from covey.partition.plan import LayerPlan, Pipeline, Prediction, StagePlan, make_plan
 from covey.partition.profile import DeviceProfile
 from covey.store.replica import Replica
 from covey.store.views import Views
@@ -326,13 +326,12 @@ def test_a_bad_load_before_a_good_one_leaves_the_planner_alive(
             ttft_s=1.0, tpot_s=1.0, throughput_tok_per_s=1.0, memory_bytes=(("a", 1),)
         )
         return make_plan(
-            stages,
+            [Pipeline.of(stages, codecs=(codec,) * 2)],
             prediction,
             model_digest=model.digest,
             epoch=1,
             proposer="b",
             engine="fp32",
-            codec=codec,
         )
 
     async def scenario() -> None:

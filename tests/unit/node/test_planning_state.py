@@ -16,7 +16,7 @@ from covey.node.planning_state import (
     plan_record,
     read_state,
 )
-from covey.partition.plan import LayerPlan, Prediction, make_plan
+from covey.partition.plan import LayerPlan, Pipeline, Prediction, make_plan
 from covey.partition.profile import DeviceProfile
 from covey.store.replica import Replica
 from covey.store.schema import PlanRecord, ProfileRecord, Ready, Record
@@ -55,7 +55,7 @@ def plan(
 ) -> LayerPlan:
     made = stages(*(spans or (("alice", 0, 2), ("bob", 2, 4))))
     return make_plan(
-        made,
+        [Pipeline.of(made)],
         Prediction(
             ttft_s=1.0,
             tpot_s=1.0,

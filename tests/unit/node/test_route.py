@@ -9,7 +9,7 @@ import pytest
 
 from covey.node.route import Route, UnsupportedPlan
 from covey.node.switch import code_of
-from covey.partition.plan import LayerPlan, Member, Span, StagePlan
+from covey.partition.plan import LayerPlan, Member, Pipeline, Span, StagePlan
 from covey.transport.errors import ErrorCode
 from support.node_core import PEERS, route_of
 
@@ -21,7 +21,7 @@ def plan() -> LayerPlan:
 
 
 def test_a_route_holds_what_every_frame_needs() -> None:
-    route = Route.of(replace(plan(), codecs=("exact", "fp16", "exact", "fp16")))
+    route = Route.of(with_codecs("exact", "fp16", "exact", "fp16"))
     assert route.peers == (A, B, C)
     assert route.spans == ((0, 1), (1, 3), (3, 4))
     assert route.codecs == ("exact", "fp16", "exact", "fp16")
@@ -30,22 +30,37 @@ def test_a_route_holds_what_every_frame_needs() -> None:
 
 
 def group() -> dict[str, Any]:
-    pair = StagePlan(Span(0, 3), (Member(A, 1, 2), Member(B, 1, 2)))
-    return {"stages": (pair, StagePlan.alone(C, 3, 4)), "codecs": ("exact",) * 3}
+    pair = StagePlan(Span(0, 3), (Member(A, 1, 32), Member(B, 1, 32)))
+    return {"pipelines": (Pipeline.of((pair, StagePlan.alone(C, 3, 4))),)}
+
+
+def with_codecs(*codecs: str) -> LayerPlan:
+    (pipeline,) = plan().pipelines
+    return replace(plan(), pipelines=(replace(pipeline, codecs=codecs),))
+
+
+def sparse(pattern: str) -> dict[str, Any]:
+    (pipeline,) = plan().pipelines
+    carrying = Pipeline.of(pipeline.stages, index_pattern=pattern)
+    return {"pipelines": (carrying,), "index_pattern": pattern}
+
+
+def test_a_codec_of_a_newer_version_is_refused() -> None:
+    with pytest.raises(UnsupportedPlan):
+        Route.of(with_codecs("exact", "int8", "exact", "exact"))
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"codecs": ("exact", "int8", "exact", "exact")},
         {"engine": "fp8"},
         # Shared layers all inside a stage: no border carries indices, yet dense attention would
         # compute something else than the plan says.
         {"index_pattern": "FFSF"},
-        {"index_pattern": "FSFS", "carries": (False, True, True, False)},
-        {**group(), "carries": (False,) * 3},
+        sparse("FSFS"),
+        group(),
     ],
-    ids=["codec", "engine", "sparse", "sparse across borders", "group"],
+    ids=["engine", "sparse", "sparse across borders", "group"],
 )
 def test_what_this_version_cannot_run_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedPlan) as caught:

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from covey.partition.choose import SCORE_STEP, choose, cost, rounded, score
-from covey.partition.plan import Prediction, StagePlan
+from covey.partition.plan import Pipeline, Prediction, StagePlan
 from covey.partition.search import Candidate, Front
 from support.plans import device, layout, link, plan
 
@@ -17,7 +17,7 @@ PLAN = plan(("a", 0, 2), ("b", 2, 4))
 
 def candidate(name: str, ttft_s: float, tpot_s: float, throughput: float) -> Candidate:
     return Candidate(
-        stages=(StagePlan.alone(name, 0, 4),),
+        pipelines=(Pipeline.of((StagePlan.alone(name, 0, 4),)),),
         prediction=Prediction(
             ttft_s=ttft_s,
             tpot_s=tpot_s,

@@ -102,7 +102,7 @@ def test_a_codec_changes_the_bytes_on_the_wire() -> None:
         request=Workload(),
         codecs=("exact", "int8", "fp16"),
     )
-    assert [border.wire_s for border in priced.borders] == pytest.approx([0, 504e-6, 1e-3])
+    assert [border.wire_s for border in priced.borders] == pytest.approx([0, 532e-6, 1e-3])
 
 
 def test_a_pair_without_a_link_is_unreachable() -> None:
@@ -131,7 +131,7 @@ def test_loss_costs_round_trips() -> None:
     [
         stages(("a", 0, 3)),
         stages(("a", 0, 3), ("stranger", 3, 4)),
-        (StagePlan(Span(0, 4), (Member("a", 1, 2), Member("b", 1, 2))),),
+        (StagePlan(Span(0, 4), (Member("a", 1, 32), Member("b", 1, 32))),),
     ],
 )
 def test_what_cannot_be_priced_is_refused(wrong: tuple[StagePlan, ...]) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from covey.partition.cost import predict
 from covey.partition.explain import Explanation, bound_by, explain
+from covey.partition.plan import Pipeline
 from covey.partition.profile import LinkProfile, Workload
 from covey.partition.search import Candidate, Front, pareto_front
 from support.plans import device, layout, link, stages
@@ -25,7 +26,7 @@ def explained(spans: list[tuple[str, int, int]], links: list[LinkProfile]) -> Ex
     made = stages(*spans)
     prediction = predict(made, layout(4), DEVICES.values(), links, n_sessions=8)
     return explain(
-        Candidate(stages=made, prediction=prediction),
+        Candidate(pipelines=(Pipeline.of(made),), prediction=prediction),
         front_over(links),
         layout(4),
         DEVICES,

@@ -18,7 +18,7 @@ std::vector<float> run(Model& model, Engine& engine, Session& session, const std
         Exact<float> hidden(static_cast<std::size_t>(rows) * s.hidden_size);
         std::memcpy(hidden.get(), &x[static_cast<std::size_t>(at) * s.hidden_size], hidden.size * 4);
         const covey_run part = session.run(at, rows);
-        CHECK(covey_span_forward(engine.handle, &s, blocks.data(), 2, &part, 1, &angles.rope, 1,
+        CHECK(covey_span_forward(engine.handle, &s, blocks.data(), 2, 0, &part, 1, &angles.rope, 1,
                                  hidden.get(), COVEY_ATTENTION | COVEY_MLP) == COVEY_OK);
         std::memcpy(&out[static_cast<std::size_t>(at) * s.hidden_size], hidden.get(), hidden.size * 4);
         at += rows;
@@ -48,7 +48,7 @@ void check_batch(Model& model, Engine& engine, const std::vector<float>& x,
         runs.push_back(sessions[i]->run(lengths[i], added[i]));
         hidden.insert(hidden.end(), &x[begin], &x[begin] + added[i] * s.hidden_size);
     }
-    CHECK(covey_span_forward(engine.handle, &s, blocks.data(), 2, runs.data(), 4, &angles.rope, 1,
+    CHECK(covey_span_forward(engine.handle, &s, blocks.data(), 2, 0, runs.data(), 4, &angles.rope, 1,
                              hidden.data(), COVEY_ATTENTION | COVEY_MLP) == COVEY_OK);
     const float* result = hidden.data();
     for (int i = 0; i < 4; i++) {
@@ -82,7 +82,7 @@ void check_model(const covey_shape& shape, int type, bool extras = false) {
     std::vector<float> together(x.begin(), x.begin() + shape.hidden_size), sum = together;
     const auto forward = [&](Session& session, std::vector<float>& hidden, uint32_t parts) {
         const covey_run run = session.run(0, 1);
-        return covey_span_forward(one.handle, &shape, &model.block, 1, &run, 1, &angles.rope, 1,
+        return covey_span_forward(one.handle, &shape, &model.block, 1, 0, &run, 1, &angles.rope, 1,
                                   hidden.data(), parts);
     };
     CHECK(forward(block, together, COVEY_ATTENTION | COVEY_MLP) == COVEY_OK);
@@ -97,7 +97,7 @@ void check_model(const covey_shape& shape, int type, bool extras = false) {
     covey_shape wrong = shape;
     wrong.intermediate_size += 32;
     const auto refused = [&](const covey_shape& s, const covey_run& run) {
-        CHECK(covey_span_forward(one.handle, &s, &model.block, 1, &run, 1, &angles.rope, 1,
+        CHECK(covey_span_forward(one.handle, &s, &model.block, 1, 0, &run, 1, &angles.rope, 1,
                                  together.data(), 3) == COVEY_INVALID);
     };
     refused(wrong, block.run(0, 1));
