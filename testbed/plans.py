@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from covey.cli.child import wait_for
-from covey.client import ClientError
+from covey.errors import CoveyError
 
 from .fleet import Fleet
 
@@ -50,24 +49,25 @@ def group(
 
 
 def shape(plan: Plan) -> tuple[object, ...]:
-    """What tells two plans apart: who runs which blocks and shares, whatever crosses borders."""
+    """What tells two plans apart: who runs which blocks and shares, whatever crosses borders.
+
+    The order of members within a stage says nothing: nodes have one of their own.
+    """
     return tuple(
         tuple(
-            (
-                tuple(stage["span"]),
-                tuple(
-                    (
-                        member["name"],
-                        member.get("kv_heads", 0),
-                        member.get("mlp_columns", 0),
-                        member.get("streamed_blocks", 0),
-                    )
-                    for member in stage["members"]
-                ),
-            )
+            (tuple(stage["span"]), tuple(sorted(_share(member) for member in stage["members"])))
             for stage in pipeline["stages"]
         )
         for pipeline in plan["pipelines"]
+    )
+
+
+def _share(member: Mapping[str, Any]) -> tuple[str, int, int, int]:
+    return (
+        member["name"],
+        member.get("kv_heads", 0),
+        member.get("mlp_columns", 0),
+        member.get("streamed_blocks", 0),
     )
 
 
@@ -96,24 +96,24 @@ def apply(fleet: Fleet, plan: Plan) -> Mapping[str, Any]:
         The active plan's facts at its first head, predicted figures among them.
 
     Raises:
-        CalledProcessError: the node refuses it.
-        CoveyError: it is not used in time.
+        ClientError: the node refuses it.
+        CoveyError: it is not used in time; says why, if the node does.
     """
-    machine = fleet.machines[fleet.founder]
-    file = machine.folder / "plan.json"
-    file.write_text(json.dumps(plan))
-    machine.covey("plan", fleet.model, "--apply-file", str(file))
+    founder = fleet.askers[fleet.founder]
+    founder.call(lambda client: client.pin_plan(fleet.model, plan))
     wanted = shape(plan)
 
     def is_active_at(name: str) -> bool:
         fleet.check()
-        try:
-            active = fleet.askers[name].plan()["active"]
-        except ClientError:
-            return False
+        active = fleet.askers[name].plan()["active"]
         return active is not None and shape(active) == wanted
 
     for name in heads(plan):
-        wait_for(lambda name=name: is_active_at(name), ACTIVE_S, f"{name} does not use the plan")  # type: ignore[misc]
+        try:
+            wait_for(lambda name=name: is_active_at(name), ACTIVE_S, f"{name} has no such plan")  # type: ignore[misc]
+        except CoveyError as error:
+            facts = fleet.askers[name].plan()
+            why = (facts["pinned"] or {}).get("why_not") or facts["why_not"] or "it does not say"
+            raise CoveyError(f"{error}: {why}") from error
     active: Mapping[str, Any] = fleet.askers[heads(plan)[0]].plan()["active"]
     return active

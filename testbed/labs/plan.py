@@ -15,7 +15,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -23,7 +23,6 @@ from benchmarks.rows import Row
 from benchmarks.synthetic import SHAPES, synthetic
 
 from covey.cli.child import wait_for
-from covey.client import ClientError
 from covey.errors import CoveyError
 from covey.node.catalog import open_model
 from covey.node.engines import Engines
@@ -47,7 +46,7 @@ OURS = "chosen"
 EQUAL, MEMORY, SPEED = "equal split", "shares of memory (exo)", "shares of speed (Parallax)"
 FEWEST = "fewest machines (exo's own choice of them)"
 RIVALS = (EQUAL, MEMORY, SPEED)
-PLANNED_S, CALM_S = 90.0, 3.0
+PLANNED_S, CALM_S = 90.0, 2.0
 PROMPT, SHORT_PROMPT = 128, 16  # tokens; the first is the workload's
 TEXT_S = 2.5  # what one text should take after its first token
 MIN_TOKENS, MAX_TOKENS = 8, 48
@@ -230,15 +229,29 @@ def _run(case: Case, folder: Path) -> list[Tried]:
         layout = open_model(source, Engines(threads=1)).layout
         options = ("--prefer", "latency")
         with running_fleet(members, source, name, folder, options=options) as fleet:
-            chosen = _chosen(fleet)
-            plans = {OURS: chosen, **rivals(members, layout)}
-            tried = []
-            for plan in {shape(plan): plan for plan in plans.values()}.values():
-                rules = tuple(who for who, its in plans.items() if shape(its) == shape(plan))
-                each = _try(fleet, case, rules, plan)
-                _tell(each)
-                tried.append(each)
-    return tried
+            tried: dict[tuple[object, ...], Tried] = {}
+            # Ours comes last: by then every link is measured.
+            for rule, plan in rivals(members, layout).items():
+                _add(tried, fleet, case, rule, plan)
+            _add(tried, fleet, case, OURS, _chosen(fleet))
+    return list(tried.values())
+
+
+def _add(
+    tried: dict[tuple[object, ...], Tried], fleet: Fleet, case: Case, rule: str, plan: Plan
+) -> None:
+    """Measure a plan, unless another rule has come to the same."""
+    known = tried.get(shape(plan))
+    if known is not None:
+        tried[shape(plan)] = replace(known, rules=(*known.rules, rule))
+        print(f"      {rule:40}  the same as {known.rules[0]}", flush=True)
+        return
+    predicted = Figures.predicted(apply(fleet, plan))
+    measured = _measured(fleet.askers[heads(plan)[0]], predicted)
+    tried[shape(plan)] = found = Tried(
+        lab=case.name, plan=text(plan), rules=(rule,), predicted=predicted, measured=measured
+    )
+    _tell(found)
 
 
 @contextmanager
@@ -253,48 +266,26 @@ def _model(name: str) -> Iterator[tuple[str, str]]:
 
 
 def _chosen(fleet: Fleet) -> Plan:
-    """What the planner would run once it knows all devices and links: its first wish, unchanged.
+    """What the planner would run if nothing were pinned: its wish, once that stays the same.
 
     Raises:
         CoveyError: there is none in time.
     """
     asker = fleet.askers[fleet.founder]
-    seen: list[tuple[float, tuple[object, ...], Plan]] = []
+    seen: list[tuple[float, Plan]] = []
 
     def is_calm() -> bool:
         fleet.check()
-        try:
-            facts = asker.plan()
-        except ClientError:
-            return False
-        point = next((point for point in facts["points"] if point["is_chosen"]), None)
-        if point is None or not _knows_links(fleet):
+        points = asker.plan()["points"]
+        plan = next((point for point in points if point["is_chosen"]), None)
+        if plan is None or (seen and shape(plan) != shape(seen[-1][1])):
             seen.clear()
-            return False
-        if seen and seen[-1][1] != shape(point):
-            seen.clear()
-        seen.append((time.monotonic(), shape(point), {"pipelines": point["pipelines"]}))
-        return seen[-1][0] - seen[0][0] >= CALM_S
+        if plan is not None:
+            seen.append((time.monotonic(), plan))
+        return bool(seen) and seen[-1][0] - seen[0][0] >= CALM_S
 
     wait_for(is_calm, PLANNED_S, "no plan that stays the same")
-    return seen[-1][2]
-
-
-def _knows_links(fleet: Fleet) -> bool:
-    """Whether every member has measured every other."""
-    return True
-
-
-def _try(fleet: Fleet, case: Case, rules: tuple[str, ...], plan: Plan) -> Tried:
-    active = apply(fleet, plan)
-    predicted = Figures.predicted(active)
-    return Tried(
-        lab=case.name,
-        plan=text(plan),
-        rules=rules,
-        predicted=predicted,
-        measured=_measured(fleet.askers[heads(plan)[0]], predicted),
-    )
+    return seen[-1][1]
 
 
 def _measured(asker: Asker, predicted: Figures) -> Figures:
