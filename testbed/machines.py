@@ -23,6 +23,7 @@ class Machine:
 
     host: Namespace
     folder: Path
+    has_own_caches: bool = True  # else this machine's: what is packed there is packed already
 
     @property
     def home(self) -> Path:
@@ -30,14 +31,17 @@ class Machine:
         return self.folder / "home"
 
     def environment(self) -> dict[str, str]:
-        """Ours, but with the machine's own caches."""
+        """Ours, but with the machine's own caches, if it has some."""
+        if not self.has_own_caches:
+            return dict(os.environ)
         folders = {"HOME": self.folder, "XDG_CACHE_HOME": self.folder / "cache"}
         return {**os.environ, **{name: str(folder) for name, folder in folders.items()}}
 
-    def start(self, *arguments: str, max_blocks: int) -> NodeProcess:
+    def start(self, *arguments: str, max_blocks: int | None = None) -> NodeProcess:
         """Run a node here, as `covey ARGUMENTS`."""
+        cap = () if max_blocks is None else ("--max-blocks", str(max_blocks))
         return NodeProcess(
-            [*arguments, "--name", self.host.name, "--max-blocks", str(max_blocks)],
+            [*arguments, "--name", self.host.name, *cap],
             home=self.home,
             prefix=self.host.prefix,
             environment=self.environment(),

@@ -9,31 +9,23 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from covey.node.engine.errors import (
-    CacheFull,
-    CacheOverflow,
-    EngineError,
-    NonFiniteValues,
-    PositionGap,
-    UnknownSession,
-)
-from covey.node.engine.rope import RopeTables
-from covey.node.engine.stage import PAGE_TOKENS, Step, StepResult
+from covey.node.engine.errors import EngineError, NonFiniteValues
+from covey.node.engine.stage import Step, StepResult
 from covey.node.engine.tensors import EngineDtype, HiddenStates, Quantization, check_hidden
 from covey.node.model.checkpoint import Checkpoint
 from covey.node.model.config import ModelConfig
 from covey.node.model.errors import UnsupportedModel
 
-from .library import Bytes, Engine, PageTable, load_library, page_memory
+from .library import Engine, load_library
 from .packed import PackedBlock, Packer
 from .packed_cache import PackedCache
-from .pages import PagePool, SessionPages
-from .structures import NO_ROPE, Activation, Block, KvType, Shape
+from .ropes import SpanRopes
+from .sessions import PagedSession, PagedSessions
+from .structures import Activation, Block, KvType, Shape
 
 KvDtype = Literal["fp16", "int8"]
 KV_ITEMSIZE = 2  # fp16, what nodes use
@@ -94,15 +86,6 @@ def load_native_stage(
     )
 
 
-@dataclass(slots=True)
-class _Session:
-    """A session's pages and, as the kernels take them, their addresses."""
-
-    pages: SessionPages[Bytes]
-    table: PageTable
-    is_long: bool  # see `ModelConfig.is_long`
-
-
 class NativeStage:
     """A `Stage` on the native library; made by `load_native_stage`."""
 
@@ -121,58 +104,39 @@ class NativeStage:
         self.dtype: EngineDtype = "fp32"
         self.hidden_size = config.hidden_size
         self.weight_bytes = sum(block.buffer.nbytes for block in blocks)
-        self._config = config
         self._shape = shape
         self._blocks = blocks  # keeps alive what `_described` points to
-        self._ropes = RopeTables(config, range(*span))
-        # The library's tables, by index. A block without rope looks at none, but there must be one.
-        kinds = self._ropes.kinds
-        self._tables = tuple(kind for kind in kinds if kind != "none") or kinds[:1]
+        self._ropes = SpanRopes(config, span)
         described = [
-            block.describe(engine.library, window=config.window(idx), rope=self._rope_of(idx))
+            block.describe(
+                engine.library, window=config.window(idx), rope=self._ropes.index_of(idx)
+            )
             for idx, block in enumerate(blocks, span[0])
         ]
         self._described: ctypes.Array[Block] = (Block * len(blocks))(*described)
         self._engine = engine
-        self._page_bytes = engine.library.page_bytes(shape, len(blocks))
-        self.kv_bytes_per_token = self._page_bytes // PAGE_TOKENS
-        self._pool: PagePool[Bytes] = PagePool(
-            page_bytes=self._page_bytes,
-            make=self._new_page,
-            copy=_copy,
-            limit_bytes=kv_bytes,
+        self._sessions = PagedSessions(
+            config,
+            engine.library,
+            shape,
+            len(blocks),
+            kv_bytes=kv_bytes,
             kept_bytes=kept_bytes,
         )
-        self._sessions: dict[str, _Session] = {}
+        self.kv_bytes_per_token = self._sessions.bytes_per_token
 
     @property
     def memory_bytes(self) -> int:
         """Memory that pages of the KV cache take now, of open sessions and kept for others."""
-        return self._pool.memory_bytes
+        return self._sessions.memory_bytes
 
     def open_session(self, session: str, n_tokens: int, prefix: Sequence[bytes] = ()) -> int:
         """See `Stage.open_session`."""
-        if n_tokens < 1:
-            raise ValueError(f"n_tokens = {n_tokens}")
-        if n_tokens > self._config.context_length:
-            raise CacheOverflow(
-                session=session,
-                needed_tokens=n_tokens,
-                capacity_tokens=self._config.context_length,
-            )
-        self.close_session(session)  # before the new one is made, not after
-        is_long = self._config.is_long(n_tokens)
-        if is_long:  # its keys are rotated by other angles than a short session's
-            prefix = [key + b"long" for key in prefix]
-        pages = self._pool.open(n_tokens, prefix)
-        self._sessions[session] = _Session(pages, self._addresses(pages), is_long)
-        return pages.length
+        return self._sessions.open(session, n_tokens, prefix)
 
     def close_session(self, session: str) -> None:
         """See `Stage.close_session`."""
-        held = self._sessions.pop(session, None)
-        if held is not None:
-            self._pool.close(held.pages)
+        self._sessions.close(session)
 
     def forward(self, session: str, position: int, hidden: HiddenStates) -> HiddenStates:
         """See `Stage.forward`."""
@@ -194,7 +158,7 @@ class NativeStage:
 
     def _forward_together(self, steps: dict[int, Step], results: dict[int, StepResult]) -> None:
         """Put the results of these steps, one for a session, into `results`."""
-        ready: dict[int, tuple[Step, _Session]] = {}
+        ready: dict[int, tuple[Step, PagedSession]] = {}
         for i, step in steps.items():
             try:
                 ready[i] = (step, self._prepare(step))
@@ -207,7 +171,7 @@ class NativeStage:
 
     def _run(
         self,
-        ready: dict[int, tuple[Step, _Session]],
+        ready: dict[int, tuple[Step, PagedSession]],
         results: dict[int, StepResult],
         *,
         is_long: bool,
@@ -220,61 +184,29 @@ class NativeStage:
         )
         runs = [(held.table, step.position, len(step.hidden)) for step, held in ready.values()]
         end = max(position + n_rows for _, position, n_rows in runs)
-        tables = self._ropes.upto(end, is_long=is_long)
-        ropes = [tables[kind] for kind in self._tables]
+        ropes = self._ropes.upto(end, is_long=is_long)
         self._engine.span_forward(self._shape, self._described, runs, ropes, out)
         at = 0
         for i, (step, held) in ready.items():
             results[i] = self._finish(step, held, out[at : at + len(step.hidden)])
             at += len(step.hidden)
 
-    def _prepare(self, step: Step) -> _Session:
+    def _prepare(self, step: Step) -> PagedSession:
         """Check a step and make its positions writable."""
         check_hidden(step.hidden, self.dtype, self.hidden_size)
-        held = self._sessions.get(step.session)
-        if held is None:
-            raise UnknownSession(step.session)
-        pages, end = held.pages, step.position + len(step.hidden)
-        if not 0 <= step.position <= pages.length:
-            raise PositionGap(session=step.session, position=step.position, length=pages.length)
-        self._pool.rewind(pages, step.position)
-        if end > pages.capacity:
-            raise CacheOverflow(
-                session=step.session, needed_tokens=end, capacity_tokens=pages.capacity
-            )
-        if self._pool.prepare(pages, end):
-            held.table = self._addresses(pages)
-        return held
+        return self._sessions.prepare(step.session, step.position, len(step.hidden))
 
-    def _finish(self, step: Step, held: _Session, out: HiddenStates) -> StepResult:
+    def _finish(self, step: Step, held: PagedSession, out: HiddenStates) -> StepResult:
         if not np.isfinite(out).all():
             is_received = not bool(np.isfinite(step.hidden).all())
             return NonFiniteValues(
                 session=step.session, position=step.position, is_received=is_received
             )
-        if self._pool.advance(held.pages, step.position + len(out)):
-            held.table = self._addresses(held.pages)
+        self._sessions.advance(held, step.position + len(out))
         return out
-
-    def _rope_of(self, block_idx: int) -> int:
-        kind = self._config.rope_kind(block_idx)
-        return NO_ROPE if kind == "none" else self._tables.index(kind)
-
-    def _addresses(self, pages: SessionPages[Bytes]) -> PageTable:
-        return PageTable([page.memory for page in pages.table], self._page_bytes)
-
-    def _new_page(self) -> Bytes:
-        try:
-            return page_memory(self._page_bytes)
-        except OSError as error:
-            raise CacheFull(needed_bytes=self._page_bytes, free_bytes=0) from error
 
 
 _ACTIVATIONS = {"silu": Activation.SILU, "gelu_tanh": Activation.GELU_TANH}
-
-
-def _copy(source: Bytes, target: Bytes) -> None:
-    target[:] = source
 
 
 def kernel_shape(config: ModelConfig, kv_type: KvType = KvType.FP16) -> Shape:

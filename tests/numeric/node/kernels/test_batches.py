@@ -165,7 +165,7 @@ def test_what_was_rewritten_is_not_shared(model: Model) -> None:
 
 
 def test_memory_is_limited_when_a_session_opens_and_not_later(model: Model) -> None:
-    page = model.stage(model.engines[0])._page_bytes
+    page = model.stage(model.engines[0]).kv_bytes_per_token * 64
     stage = model.stage(model.engines[0], kv_bytes=8 * page + 7, kept_bytes=8 * page)
     hidden = model.inputs[0]
     stage.open_session("a", N, keys(hidden))  # 6 pages

@@ -172,7 +172,7 @@ def test_chunks_and_threads_change_no_bit(
     expected = run(single, hidden, [1])
     for sizes in ([330], [128], [1, 2, 3, 5, 7, 11, 13, 40]):
         assert np.array_equal(run(chunked, hidden, sizes), expected)
-        pages = [stage._sessions["s"].pages.table for stage in (single, chunked)]
+        pages = [stage._sessions._sessions["s"].pages.table for stage in (single, chunked)]
         assert len(pages[0]) == 6
         for one, other in zip(*pages, strict=True):
             assert np.array_equal(one.memory, other.memory)
