@@ -11,11 +11,11 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
-from .cost import Network, price
+from .cost import predict_all, reply_s
 from .errors import PartitionError
 from .plan import LayerPlan, Prediction
-from .profile import DeviceProfile, LinkProfile, ModelLayout, Workload
-from .search import REPLY_TOKENS, Candidate, Front, reply_s
+from .profile import REPLY_TOKENS, DeviceProfile, LinkProfile, ModelLayout
+from .search import Candidate, Front
 
 Prefer = Literal["latency", "throughput", "balanced"]
 
@@ -52,18 +52,15 @@ def priced(
     None too for a plan whose blocks are not the model's.
     """
     try:
-        terms = price(
-            plan.pipelines[0].stages,
+        return predict_all(
+            plan.pipelines,
             layout,
-            devices,
-            Network(links),
-            request=Workload(),
-            codecs=plan.pipelines[0].codecs,
+            devices.values(),
+            links,
             index_pattern=plan.index_pattern,
         )
     except PartitionError:
         return None
-    return terms.prediction()
 
 
 def score(

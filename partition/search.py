@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .cost import Network, block_cap, kv_bytes_per_block, price, stage_bytes
+from .cost import Network, block_cap, kv_bytes_per_block, price, reply_s, stage_bytes
 from .dominance import front_of
 from .errors import InvalidPlan, PlanInfeasible
 from .instance import build_instance, span_ends
@@ -30,8 +30,6 @@ EXACT_DEVICES = 12
 BEAM_WIDTHS = (512, 4096)  # labels per number of stages; the second run where the first cut off
 MAX_DEVICES = 60  # considered at all, the fastest first; a set of devices is a 64-bit number
 MAX_LABELS = 6_000_000  # made before an exact search is given up: about 5 s on one x86 core
-
-REPLY_TOKENS = 128  # a reply of ordinary length, where one figure has to stand for latency
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,11 +53,6 @@ class Front:
     best_single: Candidate | None  # the one device that would answer soonest on its own
     no_single_because: str | None  # one line, where there is no such device
     exact: bool  # False: a bounded search; there may be better plans
-
-
-def reply_s(prediction: Prediction) -> float:
-    """Seconds until one session alone has a reply of `REPLY_TOKENS` tokens."""
-    return prediction.ttft_s + (REPLY_TOKENS - 1) * prediction.tpot_s
 
 
 def pareto_front(
