@@ -20,7 +20,7 @@ from .network import Network, one_way_s
 from .plan import Member, border_bytes_per_token
 from .profile import STEP_BATCHES, DeviceProfile, ModelLayout, Workload
 from .shares import handed_out
-from .speed import Steps, block_step_s, chunk_s_per_block, on_grid
+from .speed import Steps, block_step_s, chunk_depth_s, on_grid, prefill_s
 
 SUM_CODEC = "fp16"  # of partial sums, unless a plan says otherwise
 
@@ -162,23 +162,22 @@ def _balance(term: GroupTerm, request: Workload) -> float:
 
 def _work(layout: ModelLayout, devices: Sequence[DeviceProfile], request: Workload) -> _Work:
     """Attention is its share of a step's time, and all that depth adds; the rest is the MLP."""
-    share, n_rows = layout.attention_share, (*STEP_BATCHES, request.chunk_tokens)
-    steps = [
+    share, depth = layout.attention_share, request.depth
+    weights_s = [
         *([block_step_s(device, batch) for device in devices] for batch in STEP_BATCHES),
-        [chunk_s_per_block(device, request) for device in devices],
+        [prefill_s(device, request.chunk_tokens) for device in devices],
     ]
-    depths = [request.depth * device.depth_s_per_block for device in devices]
+    depths_s = [
+        *([n * depth * device.depth_s_per_block for device in devices] for n in STEP_BATCHES),
+        [chunk_depth_s(device, request) for device in devices],
+    ]
     return _Work(
-        n_rows=n_rows,
+        n_rows=(*STEP_BATCHES, request.chunk_tokens),
         attention_s=tuple(
-            tuple(
-                # A chunk was measured with what it looks back on.
-                share * seconds + (n * depth_s if i < len(STEP_BATCHES) else 0.0)
-                for seconds, depth_s in zip(step, depths, strict=True)
-            )
-            for i, (n, step) in enumerate(zip(n_rows, steps, strict=True))
+            tuple(share * seconds + depth_s for seconds, depth_s in zip(*step, strict=True))
+            for step in zip(weights_s, depths_s, strict=True)
         ),
-        mlp_s=tuple(tuple((1.0 - share) * seconds for seconds in step) for step in steps),
+        mlp_s=tuple(tuple((1.0 - share) * seconds for seconds in step) for step in weights_s),
         split_s=tuple(device.split_s_per_block / 2 for device in devices),
     )
 
