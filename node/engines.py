@@ -114,12 +114,15 @@ class Engines:
         on_block: Callable[[int, int], None] | None = None,
         verify: bool = False,
         kv_bytes: int | None = None,
+        streamed_blocks: int = 0,
     ) -> Stage:
         """Read the blocks of `span`; see the loaders of each engine.
 
         With `verify` each block is hashed first: CorruptModel if it is not what it was. The
         native engine always does so when it packs one, and then keeps it on disk. `kv_bytes` is
-        all that its KV cache may take, prefixes kept for later sessions included.
+        all that its KV cache may take, prefixes kept for later sessions included. So many as
+        `streamed_blocks` are read from disk for each step; the torch engine cannot do that, and
+        keeps them in memory.
         """
         if is_native(kind):
             return load_native_stage(
@@ -130,6 +133,7 @@ class Engines:
                 cache=self._cache,
                 kv_bytes=kv_bytes,
                 quantize=quantized_as(kind),
+                streamed_blocks=streamed_blocks,
             )
         self._set_torch_threads()
         from .engine.torch_stage import load_stage
