@@ -62,7 +62,8 @@ class Engines:
     `choice` "auto" is native wherever the library is there and has kernels for the model.
     `quantize` is what matrices in F32, F16 and BF16 become; models that are quantised already stay
     what they are. With a `speed` below 1 the node behaves like a machine of that share of this
-    one's speed. Both are for the native engine only.
+    one's speed. A head that is larger than `head_bytes` reads its matrices from disk for each step,
+    which takes some megabytes. All three are for the native engine only.
     """
 
     def __init__(
@@ -73,11 +74,13 @@ class Engines:
         *,
         quantize: Quantization | None = None,
         speed: float = 1.0,
+        head_bytes: int | None = None,
     ) -> None:
         self.choice = choice
         self.threads = threads or default_threads()
         self.quantize = quantize
         self.speed = speed
+        self.head_bytes = head_bytes
         self._cache = cache or PackedCache()
 
     def kind_of(self, checkpoint: Checkpoint) -> EngineKind:
@@ -143,8 +146,14 @@ class Engines:
     def load_head(self, checkpoint: Checkpoint, kind: EngineKind) -> Head:
         """Read embedding, final norm and output matrix."""
         if is_native(kind):
+            sizes = weight_sizes(checkpoint, kind)
             return load_native_head(
-                checkpoint, engine=self._native, cache=self._cache, quantize=quantized_as(kind)
+                checkpoint,
+                engine=self._native,
+                cache=self._cache,
+                quantize=quantized_as(kind),
+                streams=self.head_bytes is not None
+                and sizes.embedding + sizes.head > self.head_bytes,
             )
         self._set_torch_threads()
         from .engine.head import load_head

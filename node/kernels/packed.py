@@ -26,10 +26,10 @@ from .quantize import quantize_matrix
 from .structures import Block, Matrix
 
 ALIGNMENT = 64
+GROUP_ROWS = 16  # of a packed matrix, that lie together; the groups follow one another
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # with experts "gate.0" and so on
 ENDS = ("embedding", "output")
 _PIECE_BYTES = 1 << 23  # of a file's tensor, packed at once
-_GROUP_ROWS = 16  # of a packed matrix that lie together; the groups follow one another
 _FLOAT_TYPES = ("F32", "F16", "BF16")  # of what is kept as float32: norms, biases, routers
 
 
@@ -175,7 +175,7 @@ class Packer:
         self, checkpoint: Checkpoint, name: str, part: TensorSlice
     ) -> Iterator[Bytes]:
         kind, (n_rows, columns) = self.matrix_type(name, part), part.info.shape
-        step = max(_PIECE_BYTES * n_rows // part.info.nbytes // _GROUP_ROWS, 1) * _GROUP_ROWS
+        step = max(_PIECE_BYTES * n_rows // part.info.nbytes // GROUP_ROWS, 1) * GROUP_ROWS
         for first in range(0, n_rows, step):
             rows = part.rows(first, min(first + step, n_rows))
             packed = np.empty(self._part_bytes(name, rows), dtype=np.uint8)

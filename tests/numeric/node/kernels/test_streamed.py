@@ -12,6 +12,7 @@ import pytest
 
 from covey.node.engine.stage import Step
 from covey.node.engines import Engines
+from covey.node.kernels import native_head
 from covey.node.kernels.errors import CannotStream, WeightsUnreadable
 from covey.node.kernels.library import Engine, load_library
 from covey.node.kernels.native_stage import NativeStage, load_native_stage
@@ -156,3 +157,30 @@ def test_an_engine_is_told_how_many_to_stream(model: Model) -> None:
     stage = engines.load_stage(model.checkpoint, SPAN, "native", streamed_blocks=5)
     assert isinstance(stage, NativeStage)
     assert stage.streaming is not None
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_head_that_streams_gives_the_same_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_tied: bool
+) -> None:
+    config = replace(CONFIG, n_blocks=1, vocab_size=200, tied_embeddings=is_tied)
+    monkeypatch.setattr(native_head, "PIECE_BYTES", 5000)  # some rows of the output matrix
+    path = write_quantized(tmp_path / "head.gguf", config, "Q8_0")
+    hidden, ids = rows(5, config), [7, 0, 199]
+    with open_checkpoint(path, cache_dir=tmp_path) as checkpoint:
+        resident, streamed = (
+            Engines("native", 1, PackedCache(tmp_path / "packed"), head_bytes=limit).load_head(
+                checkpoint, "native"
+            )
+            for limit in (None, 1000)
+        )
+    assert isinstance(streamed, native_head.NativeHead)
+    assert isinstance(resident, native_head.NativeHead)
+    assert np.array_equal(streamed.embed(ids), resident.embed(ids))
+    for _ in range(2):
+        assert np.array_equal(streamed.logits(hidden), resident.logits(hidden))
+    assert resident.streaming is None
+    assert streamed.streaming is not None
+    assert streamed.streaming.n_passes == 2
+    assert streamed.weight_bytes <= 2 * (2 << 20)
+    assert streamed.stall_s == streamed.streaming.stall_s
