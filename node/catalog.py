@@ -68,10 +68,17 @@ class LocalModel:
         on_block: Callable[[int, int], None] | None = None,
         verify: bool = False,
         kv_bytes: int | None = None,
+        streamed_blocks: int = 0,
     ) -> Stage:
         """Blocks [start, end) on this model's engine; see `Engines.load_stage`."""
         return self._engines.load_stage(
-            self.checkpoint, span, self.engine, on_block=on_block, verify=verify, kv_bytes=kv_bytes
+            self.checkpoint,
+            span,
+            self.engine,
+            on_block=on_block,
+            verify=verify,
+            kv_bytes=kv_bytes,
+            streamed_blocks=streamed_blocks,
         )
 
     def load_shard(

@@ -66,7 +66,8 @@ class Engines:
     `choice` "auto" is native wherever the library is there and has kernels for the model.
     `quantize` is what matrices in F32, F16 and BF16 become; models that are quantised already stay
     what they are. With a `speed` below 1 the node behaves like a machine of that share of this
-    one's speed. Both are for the native engine only.
+    one's speed. A head that is larger than `head_bytes` reads its matrices from disk for each step,
+    which takes some megabytes. All three are for the native engine only.
     """
 
     def __init__(
@@ -77,11 +78,13 @@ class Engines:
         *,
         quantize: Quantization | None = None,
         speed: float = 1.0,
+        head_bytes: int | None = None,
     ) -> None:
         self.choice = choice
         self.threads = threads or default_threads()
         self.quantize = quantize
         self.speed = speed
+        self.head_bytes = head_bytes
         self._cache = cache or PackedCache()
 
     def kind_of(self, checkpoint: Checkpoint) -> EngineKind:
@@ -118,12 +121,15 @@ class Engines:
         on_block: Callable[[int, int], None] | None = None,
         verify: bool = False,
         kv_bytes: int | None = None,
+        streamed_blocks: int = 0,
     ) -> Stage:
         """Read the blocks of `span`; see the loaders of each engine.
 
         With `verify` each block is hashed first: CorruptModel if it is not what it was. The
         native engine always does so when it packs one, and then keeps it on disk. `kv_bytes` is
-        all that its KV cache may take, prefixes kept for later sessions included.
+        all that its KV cache may take, prefixes kept for later sessions included. So many as
+        `streamed_blocks` are read from disk for each step; the torch engine cannot do that, and
+        keeps them in memory.
         """
         if is_native(kind):
             return load_native_stage(
@@ -134,6 +140,7 @@ class Engines:
                 cache=self._cache,
                 kv_bytes=kv_bytes,
                 quantize=quantized_as(kind),
+                streamed_blocks=streamed_blocks,
             )
         self._set_torch_threads()
         from .engine.torch_stage import load_stage
@@ -177,8 +184,14 @@ class Engines:
     def load_head(self, checkpoint: Checkpoint, kind: EngineKind) -> Head:
         """Read embedding, final norm and output matrix."""
         if is_native(kind):
+            sizes = weight_sizes(checkpoint, kind)
             return load_native_head(
-                checkpoint, engine=self._native, cache=self._cache, quantize=quantized_as(kind)
+                checkpoint,
+                engine=self._native,
+                cache=self._cache,
+                quantize=quantized_as(kind),
+                streams=self.head_bytes is not None
+                and sizes.embedding + sizes.head > self.head_bytes,
             )
         self._set_torch_threads()
         from .engine.head import load_head
