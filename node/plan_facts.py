@@ -8,36 +8,26 @@ from typing import Any
 from covey.partition.choose import Prefer, choose
 from covey.partition.errors import PartitionError
 from covey.partition.explain import explain, verdict
-from covey.partition.plan import Prediction, StagePlan
-from covey.partition.profile import DeviceProfile, Workload
+from covey.partition.plan import Pipeline, Prediction
 from covey.partition.search import Candidate, Front
 
-from .catalog import LocalModel
-from .planning_state import ModelState
+from .pins import Pinned, pipelines_value
+from .planning_state import Outlook
 from .route import Route
+from .service import PlanQuery
 
 
 def plan_facts(
-    model: LocalModel,
-    state: ModelState,
-    *,
-    devices: Mapping[str, DeviceProfile],
-    front: Front | PartitionError,
-    names: Mapping[str, str],
-    workload: Workload,
-    prefer: Prefer,
-    active: Route | None,
-    why_not: str,
+    outlook: Outlook, query: PlanQuery, *, names: Mapping[str, str], prefer: Prefer
 ) -> dict[str, Any]:
     """The plans worth having, beside the one that is active.
 
     Args:
-        devices: profiles of the members that are alive.
-        front: what `devices` and the links of `state` lead to, or why there is none.
         names: what people call the machines.
-        why_not: why no plan is active, if none is.
+        prefer: what to choose by.
     """
-    infeasible = _named(str(front), names) if isinstance(front, PartitionError) else None
+    front, model, active = outlook.front, outlook.model, outlook.active
+    infeasible = named(str(front), names) if isinstance(front, PartitionError) else None
     if isinstance(front, PartitionError):
         front = Front(points=(), best_single=None, no_single_because=infeasible, exact=True)
     chosen = choose(front, prefer) if front.points else None
@@ -48,15 +38,15 @@ def plan_facts(
             candidate,
             front,
             model.layout,
-            devices,
-            state.links,
+            outlook.devices,
+            outlook.state.links,
             prefer=prefer,
-            request=workload,
+            request=outlook.workload,
             names=names,
         )
         bound = why.bounds[0]  # of one session's token
         return {
-            **_figures(candidate.stages, candidate.prediction, names),
+            **_figures(candidate.pipelines, candidate.prediction, names),
             "bound_by": {
                 "kind": bound.kind,
                 "peers": [names.get(peer, peer[-8:]) for peer in bound.peers],
@@ -67,23 +57,27 @@ def plan_facts(
             "is_active": active is not None and candidate.pipelines == active.plan.pipelines,
         }
 
+    pin = outlook.pinned
     return {
         "model": model.name,
         "digest": model.digest,
         "n_blocks": model.checkpoint.config.n_blocks,
         "prefer": prefer,
-        "points": [point(candidate) for candidate in front.points],
+        "points": [
+            {"n": idx, **point(candidate)} for idx, candidate in enumerate(front.points, start=1)
+        ],
         "is_exact": front.exact,
         "infeasible": infeasible,
         "single": point(single) if single is not None else None,
-        "no_single_because": _named(front.no_single_because or "", names) or None,
+        "no_single_because": named(front.no_single_because or "", names) or None,
         "active": _active(active, names),
-        "because": None if active is None else _because(active, chosen, prefer),
-        "why_not": why_not if active is None else None,
+        "pinned": None if pin is None else _pinned(pin, names),
+        "because": None if active is None else _because(active, pin, chosen, prefer),
+        "why_not": outlook.why_not if active is None else None,
     }
 
 
-def _named(text: str, names: Mapping[str, str]) -> str:
+def named(text: str, names: Mapping[str, str]) -> str:
     """A sentence of the planner's, with names in place of peer ids."""
     for peer_id, name in names.items():
         text = text.replace(peer_id, name)
@@ -94,14 +88,25 @@ def _active(active: Route | None, names: Mapping[str, str]) -> dict[str, Any] | 
     if active is None:
         return None
     return {
-        **_figures(active.plan.stages, active.plan.prediction, names),
+        **_figures(active.plan.pipelines, active.plan.prediction, names),
         "epoch": active.epoch,
         "digest": active.digest,
         "proposer": active.plan.proposer,
     }
 
 
-def _because(active: Route, chosen: Candidate | None, prefer: Prefer) -> str:
+def _pinned(pin: Pinned, names: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "by": names.get(pin.author, pin.author[-8:]),
+        "at": pin.at,
+        "why_not": None if pin.why_not is None else named(pin.why_not, names),
+        **pipelines_value(pin.pipelines, names),
+    }
+
+
+def _because(active: Route, pin: Pinned | None, chosen: Candidate | None, prefer: Prefer) -> str:
+    if pin is not None and pin.pipelines == active.plan.pipelines:
+        return "it is pinned"
     if chosen is None:
         return "the members that it needs are there, though no new plan could be made now"
     if chosen.pipelines == active.plan.pipelines:
@@ -110,9 +115,11 @@ def _because(active: Route, chosen: Candidate | None, prefer: Prefer) -> str:
 
 
 def _figures(
-    stages: Sequence[StagePlan], prediction: Prediction, names: Mapping[str, str]
+    pipelines: Sequence[Pipeline], prediction: Prediction, names: Mapping[str, str]
 ) -> dict[str, Any]:
+    stages = [stage for pipeline in pipelines for stage in pipeline.stages]
     return {
+        **pipelines_value(pipelines, names),
         "stages": [
             {
                 "peer_id": stage.hub,

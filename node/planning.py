@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 from covey.partition.activation import (
     active_plan,
@@ -21,7 +21,7 @@ from covey.partition.activation import (
     should_replace,
     valid_proposals,
 )
-from covey.partition.choose import Prefer, choose
+from covey.partition.choose import choose
 from covey.partition.errors import PartitionError
 from covey.partition.plan import LayerPlan, make_plan
 from covey.partition.profile import DeviceProfile, LinkProfile, ModelLayout, Workload
@@ -41,8 +41,15 @@ from .errors import NodeError
 from .home import Home
 from .links import LinkMeter
 from .model.errors import ModelError
-from .plan_facts import plan_facts
-from .planning_state import ModelState, device_record, plan_record, read_state
+from .pins import pinned
+from .planning_state import (
+    ModelState,
+    Outlook,
+    device_record,
+    plan_record,
+    read_state,
+    usable,
+)
 from .profiling import device_profile
 from .route import Route, UnsupportedPlan
 from .serving import LEASE_TTL_S, LoadedStage, StageServer
@@ -119,20 +126,19 @@ class Planning:
             if author == own:
                 replica.delete(key)
 
-    async def facts(self, model: LocalModel, prefer: Prefer | None) -> dict[str, Any]:
-        """JSON facts for `covey plan`."""
+    async def outlook(self, model: LocalModel) -> Outlook:
+        """What is known of a model now, and the front over it."""
         state, live = self._state(model), self._node.live_peers()
-        front = await self._front(model, state, live)
-        return plan_facts(
-            model,
-            state,
-            devices=_usable(model, state, live),
-            front=front,
-            names={peer: card.name for peer, card in self._node.views.members().items()},
-            workload=self._workload(),
-            prefer=prefer or self._node.config.prefer,
+        devices, workload = usable(model, state, live), self._workload()
+        return Outlook(
+            model=model,
+            state=state,
+            devices=devices,
+            front=await self._front(model, state, live),
+            workload=workload,
             active=self._routes.get(model.digest),
             why_not=self.why_not(model.digest),
+            pinned=pinned(state.pin, model.layout, devices, state.links, workload),
         )
 
     async def run(self) -> None:
@@ -329,15 +335,22 @@ class Planning:
         active: LayerPlan | None,
         live: frozenset[str],
     ) -> None:
-        node = self._node
-        front = await self._front(model, state, live)
-        if isinstance(front, PartitionError):
-            if active is None:
-                self._reasons[model.digest] = str(front)
-            return
-        best = choose(front, node.config.prefer)
+        node, workload = self._node, self._workload()
+        pin = pinned(state.pin, model.layout, usable(model, state, live), state.links, workload)
+        wanted = None if pin is None else pin.candidate
+        best: Candidate | None = wanted
+        if best is None:
+            front = await self._front(model, state, live)
+            if isinstance(front, PartitionError):
+                if active is None:
+                    self._reasons[model.digest] = str(front)
+                return
+            best = choose(front, node.config.prefer)
         if active is None:
             self._reasons[model.digest] = "its members are loading their blocks"
+        elif wanted is not None:
+            if active.pipelines == wanted.pipelines:
+                return
         else:
             active_now = priced(active, model.layout, state.devices, state.links)
             if not should_replace(active_now, best.prediction, node.config.prefer):
@@ -355,7 +368,7 @@ class Planning:
         self, model: LocalModel, state: ModelState, live: frozenset[str]
     ) -> Front | PartitionError:
         """The front by the profiles of now, or why there is none; searched when they change."""
-        inputs = (tuple(_usable(model, state, live).values()), state.links)
+        inputs = (tuple(usable(model, state, live).values()), state.links)
         known = self._fronts.get(model.digest)
         if known is None or known[0] != inputs:
             # Seconds for a dozen devices: not on the loop.
@@ -369,15 +382,6 @@ class Planning:
             is_old = record.epoch < epoch - 1 or record.epoch == epoch
             if record.proposer == self._node.peer_id and is_old:
                 self._node.replica.delete(record.key)
-
-
-def _usable(model: LocalModel, state: ModelState, live: frozenset[str]) -> dict[str, DeviceProfile]:
-    """The live members that run the model on our engine: a plan has one."""
-    return {
-        peer: device
-        for peer, device in state.devices.items()
-        if peer in live and device.engine == model.engine
-    }
 
 
 def _search(

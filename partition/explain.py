@@ -13,8 +13,8 @@ from typing import Any, Literal
 from .choose import Prefer, choose, cost
 from .cost import Network, Terms, price
 from .plan import Prediction, StagePlan
-from .profile import DeviceProfile, LinkProfile, ModelLayout, Workload
-from .search import REPLY_TOKENS, Candidate, Front
+from .profile import REPLY_TOKENS, DeviceProfile, LinkProfile, ModelLayout, Workload
+from .search import Candidate, Front
 
 NOTABLE = 0.02  # smaller differences are called equal; profiles are no better than this
 

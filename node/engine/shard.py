@@ -98,5 +98,9 @@ class Shard(Protocol):
         ...
 
     def end(self, *, is_done: bool) -> None:
-        """The step is over: sessions are longer now, or, if not done, as long as before."""
+        """The step is over: sessions are longer now, or, if not done, as long as before.
+
+        Those whose rows were not finite behind the last attention of the span are as long as
+        before too.
+        """
         ...

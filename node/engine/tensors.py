@@ -75,3 +75,10 @@ def check_hidden(hidden: HiddenStates, dtype: EngineDtype, hidden_size: int) -> 
             f"hidden states are {hidden.dtype} {list(hidden.shape)}, "
             f"expected {expected} [n_tokens, {hidden_size}] ({dtype})"
         )
+
+
+def finite_rows(hidden: HiddenStates, dtype: EngineDtype) -> npt.NDArray[np.bool_]:
+    """Of each row [n_rows], whether it has neither NaN nor infinity."""
+    finite = np.isfinite(hidden) if dtype == "fp32" else (hidden & 0x7F80) != 0x7F80
+    rows: npt.NDArray[np.bool_] = np.logical_and.reduce(finite, axis=1)
+    return rows

@@ -221,26 +221,9 @@ class Engine:
             first_block: place of the first of `blocks` within the pages.
             page_blocks: blocks that the pages are for; by default just these.
         """
-        n_rows = sum(run[2] for run in runs)
-        _check_array(hidden, np.float32, (n_rows, shape.hidden_size))
-        _require(hidden.flags.writeable and n_rows > 0, "hidden states are written to")
-        _require(1 <= len(ropes) <= 2, "one or two tables of angles")
-        for cosines, sines in ropes:
-            for table in (cosines, sines):
-                _check_array(table, np.float32, (len(cosines), shape.rope_dim // 2))
         page_blocks = len(blocks) if page_blocks is None else page_blocks
-        _require(0 <= first_block <= page_blocks - len(blocks), "blocks beyond the pages")
-        page_bytes = self.library.page_bytes(shape, page_blocks)
-        _require(all(run[0].page_bytes == page_bytes for run in runs), "pages of another shape")
-        described = (Run * len(runs))(*(table.run(at, n) for table, at, n in runs))
-        tables = (Rope * len(ropes))(
-            *(Rope(cos.ctypes.data, sin.ctypes.data, len(cos)) for cos, sin in ropes)
-        )
-        self._call(
-            "covey_span_forward",
-            *(shape, blocks, len(blocks), first_block, described, len(runs)),
-            *(tables, len(tables), hidden.ctypes.data, int(parts)),
-        )
+        call = SpanCall(self, shape, runs, ropes, hidden, page_blocks=page_blocks)
+        call.run(blocks, parts, first_block)
 
     def head_logits(self, output: Matrix, norm: Floats, eps: float, hidden: Floats) -> Floats:
         """Logits [n_rows, V] of hidden states [n_rows, D]."""
@@ -276,6 +259,60 @@ class Engine:
         if getattr(self, "_handle", None):
             self.library._c.covey_engine_free(self._handle)
             self._handle = None
+
+
+class SpanCall:
+    """Rows on their way through blocks, which are run some at a time; checked once for all.
+
+    Args:
+        engine: that runs them.
+        shape, runs, ropes, hidden: see `Engine.span_forward`; `hidden` is worked on in place, and
+            may be given other values between calls. Without pages, only MLPs can be run.
+        page_blocks: blocks that the pages are for.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        shape: Shape,
+        runs: Sequence[tuple[PageTable | None, int, int]],
+        ropes: Sequence[tuple[Floats, Floats]],
+        hidden: Floats,
+        *,
+        page_blocks: int,
+    ) -> None:
+        n_rows = sum(run[2] for run in runs)
+        _check_array(hidden, np.float32, (n_rows, shape.hidden_size))
+        _require(hidden.flags.writeable and n_rows > 0, "hidden states are written to")
+        _require(1 <= len(ropes) <= 2, "one or two tables of angles")
+        for cosines, sines in ropes:
+            for table in (cosines, sines):
+                _check_array(table, np.float32, (len(cosines), shape.rope_dim // 2))
+        pages = [run[0] for run in runs if run[0] is not None]
+        self._has_pages = len(pages) == len(runs)
+        if self._has_pages:
+            page_bytes = engine.library.page_bytes(shape, page_blocks)
+            _require(all(each.page_bytes == page_bytes for each in pages), "pages of another shape")
+        described = (table.run(at, n) if table else Run(None, 0, n, 0) for table, at, n in runs)
+        self._runs = (Run * len(runs))(*described)
+        self._ropes = (Rope * len(ropes))(
+            *(Rope(cos.ctypes.data, sin.ctypes.data, len(cos)) for cos, sin in ropes)
+        )
+        self._address = hidden.ctypes.data
+        self._engine = engine
+        self._shape = shape
+        self._page_blocks = page_blocks
+        self._owned = (tuple(pages), tuple(ropes), hidden)  # what the addresses point into
+
+    def run(self, blocks: ctypes.Array[Block], parts: Parts, first_block: int = 0) -> None:
+        """Run `blocks`, the first of which is at `first_block` within the pages, on the rows."""
+        _require(0 <= first_block <= self._page_blocks - len(blocks), "blocks beyond the pages")
+        _require(self._has_pages or not parts & Parts.ATTENTION, "attention without pages")
+        self._engine._call(
+            "covey_span_forward",
+            *(self._shape, blocks, len(blocks), first_block, self._runs, len(self._runs)),
+            *(self._ropes, len(self._ropes), self._address, int(parts)),
+        )
 
 
 def page_memory(n_bytes: int) -> Bytes:

@@ -85,20 +85,27 @@ class Packer:
     library: Library
     quantize: Quantization | None = None
 
-    def matrix_type(self, name: str, info: TensorInfo) -> MatrixType:
-        """The packed type of one matrix; raises UnsupportedModel if there is none."""
-        kind = matrix_type(info)
+    def matrix_type(self, name: str, part: TensorSlice) -> MatrixType:
+        """The packed type of one matrix; raises UnsupportedModel if there is none.
+
+        Some of the columns are of the type that all of them would be.
+        """
+        kind = matrix_type(part.info)
         if self.quantize is None or not kind.is_float:
             return kind
         wanted = MatrixType[self.quantize.upper()]
         choices = (MatrixType.Q8_0,) if name in ENDS else (wanted, MatrixType.Q8_0)
-        fitting = (each for each in choices if info.shape[-1] % each.block_columns == 0)
+        fitting = (each for each in choices if part.row_columns % each.block_columns == 0)
         return next(fitting, kind)
+
+    def block_columns(self, name: str, part: TensorSlice) -> int:
+        """How many columns of a matrix must stay together; raises UnsupportedModel."""
+        return max(self.matrix_type(name, part).block_columns, 32)
 
     def changes(self, parts: Mapping[str, TensorSlice]) -> bool:
         """Whether any of these matrices is quantised."""
         return any(
-            is_matrix(name) and self.matrix_type(name, part.info) is not matrix_type(part.info)
+            is_matrix(name) and self.matrix_type(name, part) is not matrix_type(part.info)
             for name, part in parts.items()
         )
 
@@ -118,7 +125,7 @@ class Packer:
             data = buffer[at : at + size]
             if is_matrix(name):
                 rows, columns = part.info.shape
-                kind = self.matrix_type(name, part.info)
+                kind = self.matrix_type(name, part)
                 matrices[name] = PackedMatrix(kind, rows, columns, data)
             else:
                 floats[name] = data.view(np.float32).reshape(part.info.shape)
@@ -150,7 +157,7 @@ class Packer:
 
     def _part_bytes(self, name: str, part: TensorSlice) -> int:
         if is_matrix(name):
-            return packed_size(self.library, part.info, self.matrix_type(name, part.info))
+            return packed_size(self.library, part.info, self.matrix_type(name, part))
         if part.info.type not in _FLOAT_TYPES:
             raise UnsupportedModel(f"type {part.info.type} of tensor {part.tensor!r}", _FLOAT_TYPES)
         return 4 * prod(part.info.shape)
@@ -213,7 +220,7 @@ def _check_finite(
             checkpoint.path,
             part.tensor,
             f"expected {expected} in the block at byte "
-            f"{part.info.offset + at * stored.block_bytes}",
+            f"{part.byte_in_file(at * stored.block_bytes)}",
         )
 
 

@@ -1,9 +1,9 @@
 """Packed weights on disk: written once, then mapped read-only.
 
 Several nodes on one machine share the memory of a mapping, and a restart reads nothing that the
-system still holds. A file is named by the hash of the blob it was made from and by what that was
-quantised to, so that it belongs to exactly these weights, and ends with its own SHA-256, so that a
-damaged one is made anew.
+system still holds. A file is named by the hash of the blob it was made from, by what that was
+quantised to and by the part of it that a shard holds, so that it belongs to exactly these weights,
+and ends with its own SHA-256, so that a damaged one is made anew.
 """
 
 from __future__ import annotations
@@ -38,12 +38,18 @@ class PackedCache:
         self._folder = folder or platformdirs.user_cache_path("covey") / "packed"
 
     def load(
-        self, packer: Packer, checkpoint: Checkpoint, blob: str, parts: Mapping[str, TensorSlice]
+        self,
+        packer: Packer,
+        checkpoint: Checkpoint,
+        blob: str,
+        parts: Mapping[str, TensorSlice],
+        part: str = "",
     ) -> PackedBlock:
         """The parts of one blob ("block.3", "embedding", "head"), packed.
 
         A blob that is not in the cache is checked against its hash, packed, and put there if the
-        disk has room; if not, it is kept in memory.
+        disk has room; if not, it is kept in memory. If `parts` are not the whole blob, `part` is
+        what they are in a file's name.
 
         Raises:
             UnsupportedModel: a tensor's type or shape has no kernel.
@@ -52,7 +58,8 @@ class PackedCache:
         size = packer.block_bytes(parts)
         sha256 = next(each.sha256 for each in checkpoint.blobs() if each.name == blob)
         quantized = f".{packer.quantize}" if packer.changes(parts) else ""
-        path = self._folder / f"{sha256}.{LAYOUT_VERSION}{quantized}"
+        cut = f".{part}" if part else ""
+        path = self._folder / f"{sha256}.{LAYOUT_VERSION}{quantized}{cut}"
         buffer = _mapped(path, size)
         if buffer is not None:
             return packer.view(parts, buffer)

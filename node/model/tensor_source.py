@@ -1,7 +1,8 @@
 """`TensorSource`: named raw tensors in a file, whatever its format; and their decoding to fp32.
 
 A source reads nothing but its header until `raw` is called, and then only that byte range.
-A `TensorSlice` is some rows of one: a matrix that shares its tensor with others.
+A `TensorSlice` is some rows of one, or some columns of those: a matrix that shares its tensor with
+others, or a part of one.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ class TensorInfo:
 class TensorSlice:
     """Rows [row_start, row_stop) of one tensor, which is a whole tensor more often than not.
 
-    Rows are contiguous in a file, quantised or not, so a slice is a byte range. A tensor of three
-    dimensions counts as the matrix that its first two make: expert e of [X, rows, columns] has
-    the rows from e * rows on.
+    Rows are contiguous in a file, quantised or not, so a slice is a byte range, unless it has only
+    some of the columns. A tensor of three dimensions counts as the matrix that its first two make:
+    expert e of [X, rows, columns] has the rows from e * rows on. The rows of a vector are its
+    numbers.
     """
 
     tensor: str  # the name in the file
@@ -43,28 +45,69 @@ class TensorSlice:
     row_stop: int
     info: TensorInfo  # the slice as a tensor of its own: shape [rows, columns] or [n], bytes
     offset: float = 0.0  # to be added to each number: norms that are stored as weight - 1
+    row_columns: int = 1  # of a row in the file, of which the slice has all or some
 
     @classmethod
     def of(cls, tensor: TensorInfo, row_start: int, row_stop: int, offset: float = 0.0) -> Self:
         """Cut rows out of a tensor; they must be there."""
         *leading, columns = tensor.shape
-        if not leading:  # a vector is read whole
-            return cls(tensor.name, row_start, row_stop, tensor, offset)
-        row_bytes = tensor.nbytes // math.prod(leading)
-        n_rows = row_stop - row_start
+        if not leading:  # a vector
+            return cls(tensor.name, 0, columns, tensor, offset).rows(row_start, row_stop)
+        n_rows = math.prod(leading)
+        flat = replace(tensor, shape=(n_rows, columns))
+        return cls(tensor.name, 0, n_rows, flat, offset, columns).rows(row_start, row_stop)
+
+    def rows(self, start: int, stop: int) -> Self:
+        """Rows [start, stop) of the slice; they must be there, and whole in the file."""
+        n_bytes, first = self.info.nbytes // self.info.shape[0], self.row_start
         info = replace(
-            tensor,
-            shape=(n_rows, columns),
-            offset=tensor.offset + row_start * row_bytes,
-            nbytes=n_rows * row_bytes,
+            self.info,
+            shape=(stop - start, *self.info.shape[1:]),
+            offset=self.info.offset + start * n_bytes,
+            nbytes=(stop - start) * n_bytes,
         )
-        return cls(tensor.name, row_start, row_stop, info, offset)
+        return replace(self, row_start=first + start, row_stop=first + stop, info=info)
+
+    def columns(self, start: int, stop: int) -> Self:
+        """Columns [start, stop) of a matrix; they must be there, and begin and end with blocks."""
+        n_rows, columns = self.info.shape
+        n_bytes = self.info.nbytes // n_rows
+        info = replace(
+            self.info,
+            shape=(n_rows, stop - start),
+            offset=self.info.offset + start * n_bytes // columns,
+            nbytes=(stop - start) * n_bytes // columns * n_rows,
+        )
+        return replace(self, info=info)
 
     def raw(self, source: TensorSource) -> memoryview:
-        """The bytes of the slice, read-only and not copied."""
+        """The bytes of the slice, read-only; copied only if it has some of the columns."""
         whole = source.raw(self.tensor)
         start = self.info.offset - source.tensors[self.tensor].offset
-        return whole[start : start + self.info.nbytes]
+        if not self._is_cut:
+            return whole[start : start + self.info.nbytes]
+        n_rows = self.info.shape[0]
+        rows: npt.NDArray[np.uint8] = np.ndarray(
+            (n_rows, self.info.nbytes // n_rows), np.uint8, whole, start, (self._row_bytes, 1)
+        )
+        return rows.copy().reshape(-1).data.toreadonly()
+
+    def byte_in_file(self, at: int) -> int:
+        """Where byte `at` of the slice lies in the file."""
+        if not self._is_cut:
+            return self.info.offset + at
+        row, rest = divmod(at, self.info.nbytes // self.info.shape[0])
+        return self.info.offset + row * self._row_bytes + rest
+
+    @property
+    def _is_cut(self) -> bool:
+        return len(self.info.shape) > 1 and self.info.shape[-1] != self.row_columns
+
+    @property
+    def _row_bytes(self) -> int:
+        """Bytes from a row to the next in the file."""
+        n_rows, columns = self.info.shape
+        return self.info.nbytes // n_rows * self.row_columns // columns
 
 
 class TensorSource(Protocol):
