@@ -11,7 +11,6 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import psutil
 
@@ -21,6 +20,7 @@ from covey.partition.profile import BATCHES, DeviceProfile
 
 from .catalog import LocalModel
 from .config import NodeConfig
+from .disk import disk_read_speed
 from .engine.measure import Progress, measure_blocks, rising, time_in_turn
 from .engine.stage import Stage
 from .head_batch import NextToken, sample_all
@@ -32,7 +32,6 @@ MEASURES = 2  # counts what is measured here, and how: figures of another are no
 MEASURED_BYTES = 16 << 20  # of blocks: together larger than most caches
 MIN_BLOCKS = 2
 SPARE_MEMORY = 0.7  # of what is free now: the machine has an owner who uses it
-READ_BYTES = 32 << 20  # of the model's file, to time the disk with
 BLOCKS_BUDGET_S = 1.5
 HEAD_BUDGET_S = 0.5
 BUSY_LOOK_S = 0.15
@@ -101,7 +100,7 @@ def _measure(model: LocalModel, peer_id: str, progress: Progress) -> DeviceProfi
         prefill_s_per_token_per_block=blocks.prefill_s_per_token,
         head_s=head_s,
         memory_bytes=0,
-        disk_bytes_per_s=_read_speed(checkpoint.path),
+        disk_bytes_per_s=disk_read_speed(checkpoint.path),
         measured_at=time.time(),
         batch_decode_s_per_block=blocks.batch_decode_s,
         batch_head_s=tuple(batch_head_s),
@@ -151,14 +150,6 @@ def busy_share(n_cores: int, *, look_s: float) -> float:
 def _cpu_s(process: psutil.Process) -> float:
     times = process.cpu_times()
     return float(times.user + times.system)
-
-
-def _read_speed(path: Path) -> float:
-    """Bytes per second of reading the model's file as it is now, cached by the system or not."""
-    began_at = time.perf_counter()
-    with path.open("rb") as file:
-        n_read = len(file.read(READ_BYTES))
-    return max(1.0, n_read / max(time.perf_counter() - began_at, 1e-9))
 
 
 def _cache_key(model: LocalModel) -> str:

@@ -88,7 +88,9 @@ class Member:
         self.views = Views(self.replica)
         self.switch = Switch(name, cast("Any", None))
         self.server = StageServer(self.switch, cast("Any", self.loader), self.clock)
-        peer = SimpleNamespace(busy=False, rtt_s=1e-3, kind=LinkKind.DIRECT, measure=self._measured)
+        peer = SimpleNamespace(
+            busy=False, rtt_s=1e-3, kind=LinkKind.DIRECT, packets=None, measure=self._measured
+        )
         self.mesh = SimpleNamespace(peers={}, peer=self._answer(peer))
         self.replica.on_local(lambda envelope: swarm.spread(name, envelope))
         self.planning = Planning(cast("Any", self))
