@@ -18,7 +18,6 @@ from .facts import member_facts, model_entries, status_facts
 from .membership import save_invites
 from .pins import next_pin, pipelines_value, read_pipelines, why_infeasible
 from .plan_facts import named, plan_facts
-from .planning_state import read_state, usable
 from .service import Event, GenerationRequest, ModelEntry, PlanQuery
 
 if TYPE_CHECKING:
@@ -54,10 +53,9 @@ class Desk:
         """See `Service.pin_plan`."""
         node = self._node
         local = node.catalog.by_name(model)
-        pipelines = read_pipelines(plan, local.layout, node.members.find)
-        state = read_state(node.views, local.digest, local.layout.n_blocks)
-        devices = usable(local, state, node.live_peers())
-        why_not = why_infeasible(pipelines, local.layout, devices)
+        world = node.planning.world(local)
+        pipelines = read_pipelines(plan, world, node.members.find)
+        why_not = why_infeasible(pipelines, world)
         names = {peer: card.name for peer, card in node.views.members().items()}
         if why_not is not None:
             raise InvalidRequest("plan", named(why_not, names))

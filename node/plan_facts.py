@@ -38,10 +38,10 @@ def plan_facts(
             candidate,
             front,
             model.layout,
-            outlook.devices,
-            outlook.state.links,
+            outlook.world.devices,
+            outlook.world.links,
             prefer=prefer,
-            request=outlook.workload,
+            request=outlook.world.request,
             names=names,
         )
         bound = why.bounds[0]  # of one session's token
