@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 from covey.partition.activation import (
@@ -87,6 +88,7 @@ class Planning:
         self._meter = LinkMeter(
             node.mesh, node.replica, node.peer_id, self._could_share_a_plan, node.clock
         )
+        self.measured_share = 0.0  # of the figures of this device that are there, for people
         self._devices: dict[str, DeviceProfile] = {}  # this node's own, by model digest
         self._routes: dict[str, Route] = {}  # the active ones, by model digest
         self._reasons: dict[str, str] = {}  # why a model has no route
@@ -176,15 +178,21 @@ class Planning:
         return self._node.live_peers() & offering
 
     async def _publish_devices(self) -> None:
-        node = self._node
-        for model in node.catalog:
+        node, models = self._node, list(self._node.catalog)
+        for idx, model in enumerate(models):
             manifest = model.manifest()
             node.replica.set(manifest.key, manifest.to_value())
-            done = await node.loader.run(
-                lambda model=model: device_profile(model, node.config, node.peer_id, node.home)  # type: ignore[misc]
+            progress = partial(self._measured, idx, len(models))
+            measure = partial(
+                device_profile, model, node.config, node.peer_id, node.home, progress=progress
             )
-            self._devices[model.digest] = done.value
+            self._devices[model.digest] = (await node.loader.run(measure)).value
+        self.measured_share = 1.0
         self._publish_profiles()
+
+    def _measured(self, n_done: int, n_models: int, share: float) -> None:
+        """On the loader's thread."""
+        self.measured_share = (n_done + share) / n_models
 
     def _publish_profiles(self) -> None:
         record, replica = device_record(self._devices), self._node.replica

@@ -4,7 +4,8 @@ The members of a group meet twice in each block, after its attention and after i
 partial sums. Shares are such that these arrive together: each half of a block is handed out in its
 smallest parts, always to the member whose sum would be complete first, the way to the hub counted.
 That is the least time a half can take, exactly, since the parts are alike. KV heads are coarse
-parts, and a spoke may get none; columns of the MLP are fine ones.
+parts, and a spoke may get none; columns of the MLP are fine ones. One half cannot make up for the
+other: the MLP begins with the sum of the attention.
 
 Knows no span: a group runs every block alike, so what one block takes is all there is to know.
 """
@@ -20,6 +21,10 @@ from .profile import STEP_BATCHES, DeviceProfile, ModelLayout, Workload
 from .speed import GRID_S, Steps, block_step_s, chunk_s_per_block, on_grid
 
 SUM_CODEC = "fp16"  # of partial sums, unless a plan says otherwise
+
+#: How much of the way to the hub counts when shares are made. All of it is best for a session
+#: alone; the hub then has the most to do, and with many sessions the others wait for it.
+DELAY_WEIGHTS = (1.0, 0.5, 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,20 +81,48 @@ def group_term(
     wires = _wires(devices, network, hub_idx)
     if wires is None:
         return None
+    terms: list[GroupTerm] = []
+    for weight in DELAY_WEIGHTS:
+        members = _shares(layout, devices, request, wires, hub_idx, sum_codec, weight)
+        if members is None:
+            break
+        if all(term.members != members for term in terms):
+            terms.append(_priced(layout, devices, wires, request, members, hub_idx, sum_codec))
+    return min(terms, key=lambda term: _balance(term, request), default=None)
+
+
+def _shares(
+    layout: ModelLayout,
+    devices: Sequence[DeviceProfile],
+    request: Workload,
+    wires: _Wires,
+    hub_idx: int,
+    sum_codec: str,
+    delay_weight: float,
+) -> tuple[Member, ...] | None:
+    """The members with their shares; None if one of them would get none."""
     wire_s = wires.s_per_byte * sum_bytes(layout, sum_codec)
-    delays = [0.0 if i == hub_idx else rtt_s + wire_s for i, rtt_s in enumerate(wires.rtt_s)]
+    delays = [
+        0.0 if i == hub_idx else delay_weight * (rtt_s + wire_s)
+        for i, rtt_s in enumerate(wires.rtt_s)
+    ]
     n_units = layout.mlp_columns // layout.mlp_quantum
     attention = [_attention_s(layout, device, 1, request.depth) for device in devices]
     mlp = [_mlp_s(layout, device, 1) for device in devices]
     heads = _handed_out(layout.n_kv_heads, attention, delays)
     units = _handed_out(n_units, mlp, delays)
-    if any(not n_heads and not n_columns for n_heads, n_columns in zip(heads, units, strict=True)):
+    if any(n_heads + n_columns == 0 for n_heads, n_columns in zip(heads, units, strict=True)):
         return None
-    members = tuple(
+    return tuple(
         Member(device.peer_id, kv_heads=n_heads, mlp_columns=n_columns * layout.mlp_quantum)
         for device, n_heads, n_columns in zip(devices, heads, units, strict=True)
     )
-    return _priced(layout, devices, wires, request, members, hub_idx, sum_codec)
+
+
+def _balance(term: GroupTerm, request: Workload) -> float:
+    """Of a token alone and one of a full house, the geometric mean, squared: less is better."""
+    batch_idx = sum(batch <= request.n_sessions for batch in STEP_BATCHES) - 1
+    return term.decode_s[0] * term.decode_s[batch_idx] / STEP_BATCHES[batch_idx]
 
 
 def shares_term(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from .plan import Member, Span, StagePlan
 from .profile import MAX_BLOCKS, DeviceProfile, ModelLayout, Workload
@@ -79,10 +78,3 @@ def stage_bytes(layout: ModelLayout, span: Span, request: Workload, *, is_head: 
     weights = sum(layout.block_bytes[span.start : span.end])
     head = head_bytes(layout) if is_head else 0
     return weights + span.n_blocks * kv_bytes_per_block(layout, request) + head
-
-
-def least_missing(layout: ModelLayout, devices: Sequence[DeviceProfile], request: Workload) -> int:
-    """Bytes that all devices together lack for the model and its sessions; 0 if none."""
-    usable = sum(device.memory_bytes for device in devices if block_cap(device) > 0)
-    everything = stage_bytes(layout, Span(0, layout.n_blocks), request, is_head=True)
-    return max(0, everything - usable)

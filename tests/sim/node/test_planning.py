@@ -158,7 +158,9 @@ def model(tmp_path: Path) -> LocalModel:
 def equal_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is measured here in earnest would differ from run to run."""
 
-    def profile(model: LocalModel, config: NodeConfig, peer_id: str, _: Home) -> DeviceProfile:
+    def profile(
+        model: LocalModel, config: NodeConfig, peer_id: str, _: Home, *, progress: object
+    ) -> DeviceProfile:
         return DeviceProfile(
             peer_id=peer_id,
             model_digest=model.digest,
