@@ -6,14 +6,15 @@ here: a plan that is worse than the best single device in anything says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from .choose import Prefer, choose, cost
 from .cost import Network, StageTerm, Terms, price_all, reply_s, shared_sessions
+from .evaluate import World
 from .plan import Prediction
-from .profile import REPLY_TOKENS, DeviceProfile, LinkProfile, ModelLayout, Workload
+from .profile import REPLY_TOKENS
 from .search import Candidate, Front
 
 NOTABLE = 0.02  # smaller differences are called equal; profiles are no better than this
@@ -70,16 +71,16 @@ class Explanation:
 def explain(
     candidate: Candidate,
     front: Front,
-    layout: ModelLayout,
-    devices: Mapping[str, DeviceProfile],
-    links: Iterable[LinkProfile],
+    world: World,
     *,
     prefer: Prefer,
-    request: Workload | None = None,
-    head: str | None = None,
+    chosen: Candidate | None = None,
     names: Names | None = None,
 ) -> Explanation:
-    """Explain `candidate`, a point or the best single of `front`; arguments as for the front.
+    """Explain `candidate`, a point or the best single of the `front` that `world` leads to.
+
+    Args:
+        chosen: what is taken; by default what `prefer` takes of the front.
 
     Raises:
         PartitionError: the candidate cannot be priced with these profiles.
@@ -87,13 +88,12 @@ def explain(
     names = names or {}
     terms = price_all(
         candidate.pipelines,
-        layout,
-        devices,
-        Network(links),
-        request=request or Workload(),
-        head=head,
+        world.layout,
+        world.devices,
+        Network(world.links),
+        request=world.request,
     )
-    chosen = choose(front, prefer)
+    chosen = chosen or choose(front, prefer)
     return Explanation(
         bounds=(_tpot_bound(min(terms, key=reply_s), names), _throughput_bound(terms, names)),
         comparison=compare(candidate, front.best_single, names=names),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from covey.partition.cost import predict
+from covey.partition.evaluate import World
 from covey.partition.explain import Explanation, explain
 from covey.partition.plan import Pipeline
 from covey.partition.profile import LinkProfile, Workload
@@ -26,11 +27,8 @@ def explained(spans: list[tuple[str, int, int]], links: list[LinkProfile]) -> Ex
     return explain(
         Candidate(pipelines=(Pipeline.of(made),), prediction=prediction),
         front_over(links),
-        layout(4),
-        DEVICES,
-        links,
+        World(layout=layout(4), devices=DEVICES, links=tuple(links), request=REQUEST),
         prefer="latency",
-        request=REQUEST,
         names=NAMES,
     )
 
