@@ -15,10 +15,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .allreduce import Algorithm, allreduce_s
 from .network import Network, one_way_s
 from .plan import Member, border_bytes_per_token
 from .profile import STEP_BATCHES, DeviceProfile, ModelLayout, Workload
-from .speed import GRID_S, Steps, block_step_s, chunk_s_per_block, on_grid
+from .shares import handed_out
+from .speed import Steps, block_step_s, chunk_s_per_block, on_grid
 
 SUM_CODEC = "fp16"  # of partial sums, unless a plan says otherwise
 
@@ -37,7 +39,7 @@ class GroupTerm:
     decode_s: Steps  # a whole step through one block, partial sums added, by STEP_BATCHES
     chunk_s: float  # the same of one prefill chunk
     compute_s: float = 0.0  # of `decode_s[0]`, what the slowest shares compute; the rest is waiting
-    algorithm: str = "star"  # of the all-reduce of one token
+    algorithm: Algorithm = "star"  # of the all-reduce of one token
     token_bytes: int = 0  # that each spoke sends, and gets, for one token and block
 
 
@@ -45,12 +47,20 @@ class GroupTerm:
 class _Wires:
     """The links between the hub and its spokes; the hub's own entries are 0."""
 
+    hub_idx: int
     rtt_s: tuple[float, ...]  # [n_members]
     s_per_byte: float  # of all transfers of one star all-reduce: each spoke's, both ways
+    has_ring: bool  # whether each member has a link to the next
 
-    @property
-    def n_spokes(self) -> int:
-        return len(self.rtt_s) - 1
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What each member would take for the two halves of a block if it did the whole of them."""
+
+    n_rows: tuple[float, ...]  # of the steps: each of STEP_BATCHES, then a prefill chunk
+    attention_s: tuple[tuple[float, ...], ...]  # [step][member]
+    mlp_s: tuple[tuple[float, ...], ...]
+    split_s: tuple[float, ...]  # [member], for each half, whatever its part of it
 
 
 def group_term(
@@ -81,48 +91,15 @@ def group_term(
     wires = _wires(devices, network, hub_idx)
     if wires is None:
         return None
+    work = _work(layout, devices, request)
     terms: list[GroupTerm] = []
     for weight in DELAY_WEIGHTS:
-        members = _shares(layout, devices, request, wires, hub_idx, sum_codec, weight)
+        members = _shares(layout, devices, work, wires, sum_codec, weight)
         if members is None:
             break
         if all(term.members != members for term in terms):
-            terms.append(_priced(layout, devices, wires, request, members, hub_idx, sum_codec))
+            terms.append(_priced(layout, work, wires, members, sum_codec))
     return min(terms, key=lambda term: _balance(term, request), default=None)
-
-
-def _shares(
-    layout: ModelLayout,
-    devices: Sequence[DeviceProfile],
-    request: Workload,
-    wires: _Wires,
-    hub_idx: int,
-    sum_codec: str,
-    delay_weight: float,
-) -> tuple[Member, ...] | None:
-    """The members with their shares; None if one of them would get none."""
-    wire_s = wires.s_per_byte * sum_bytes(layout, sum_codec)
-    delays = [
-        0.0 if i == hub_idx else delay_weight * (rtt_s + wire_s)
-        for i, rtt_s in enumerate(wires.rtt_s)
-    ]
-    n_units = layout.mlp_columns // layout.mlp_quantum
-    attention = [_attention_s(layout, device, 1, request.depth) for device in devices]
-    mlp = [_mlp_s(layout, device, 1) for device in devices]
-    heads = _handed_out(layout.n_kv_heads, attention, delays)
-    units = _handed_out(n_units, mlp, delays)
-    if any(n_heads + n_columns == 0 for n_heads, n_columns in zip(heads, units, strict=True)):
-        return None
-    return tuple(
-        Member(device.peer_id, kv_heads=n_heads, mlp_columns=n_columns * layout.mlp_quantum)
-        for device, n_heads, n_columns in zip(devices, heads, units, strict=True)
-    )
-
-
-def _balance(term: GroupTerm, request: Workload) -> float:
-    """Of a token alone and one of a full house, the geometric mean, squared: less is better."""
-    batch_idx = sum(batch <= request.n_sessions for batch in STEP_BATCHES) - 1
-    return term.decode_s[0] * term.decode_s[batch_idx] / STEP_BATCHES[batch_idx]
 
 
 def shares_term(
@@ -142,7 +119,7 @@ def shares_term(
     wires = _wires(devices, network, hub_idx)
     if wires is None:
         return None
-    return _priced(layout, devices, wires, request, tuple(members), hub_idx, sum_codec)
+    return _priced(layout, _work(layout, devices, request), wires, tuple(members), sum_codec)
 
 
 def sum_bytes(layout: ModelLayout, sum_codec: str) -> int:
@@ -152,145 +129,147 @@ def sum_bytes(layout: ModelLayout, sum_codec: str) -> int:
     return border_bytes_per_token(layout, sum_codec)
 
 
-def _priced(
+def _shares(
     layout: ModelLayout,
     devices: Sequence[DeviceProfile],
+    work: _Work,
     wires: _Wires,
-    request: Workload,
+    sum_codec: str,
+    delay_weight: float,
+) -> tuple[Member, ...] | None:
+    """The members with their shares; None if one of them would get none."""
+    wire_s = wires.s_per_byte * sum_bytes(layout, sum_codec)
+    delays = [
+        0.0 if i == wires.hub_idx else delay_weight * (rtt_s + wire_s)
+        for i, rtt_s in enumerate(wires.rtt_s)
+    ]
+    n_units = layout.mlp_columns // layout.mlp_quantum
+    heads = handed_out(layout.n_kv_heads, work.attention_s[0], delays)
+    units = handed_out(n_units, work.mlp_s[0], delays)
+    if any(n_heads + n_columns == 0 for n_heads, n_columns in zip(heads, units, strict=True)):
+        return None
+    return tuple(
+        Member(device.peer_id, kv_heads=n_heads, mlp_columns=n_columns * layout.mlp_quantum)
+        for device, n_heads, n_columns in zip(devices, heads, units, strict=True)
+    )
+
+
+def _balance(term: GroupTerm, request: Workload) -> float:
+    """Of a token alone and one of a full house, the geometric mean, squared: less is better."""
+    batch_idx = sum(batch <= request.n_sessions for batch in STEP_BATCHES) - 1
+    return term.decode_s[0] * term.decode_s[batch_idx] / STEP_BATCHES[batch_idx]
+
+
+def _work(layout: ModelLayout, devices: Sequence[DeviceProfile], request: Workload) -> _Work:
+    """Attention is its share of a step's time, and all that depth adds; the rest is the MLP."""
+    share, n_rows = layout.attention_share, (*STEP_BATCHES, request.chunk_tokens)
+    steps = [
+        *([block_step_s(device, batch) for device in devices] for batch in STEP_BATCHES),
+        [chunk_s_per_block(device, request) for device in devices],
+    ]
+    depths = [request.depth * device.depth_s_per_block for device in devices]
+    return _Work(
+        n_rows=n_rows,
+        attention_s=tuple(
+            tuple(
+                # A chunk was measured with what it looks back on.
+                share * seconds + (n * depth_s if i < len(STEP_BATCHES) else 0.0)
+                for seconds, depth_s in zip(step, depths, strict=True)
+            )
+            for i, (n, step) in enumerate(zip(n_rows, steps, strict=True))
+        ),
+        mlp_s=tuple(tuple((1.0 - share) * seconds for seconds in step) for step in steps),
+        split_s=tuple(device.split_s_per_block / 2 for device in devices),
+    )
+
+
+def _priced(
+    layout: ModelLayout,
+    work: _Work,
+    wires: _Wires,
     members: tuple[Member, ...],
-    hub_idx: int,
     sum_codec: str,
 ) -> GroupTerm:
     token_bytes = sum_bytes(layout, sum_codec)
-
-    def block_s(attention: Sequence[float], mlp: Sequence[float], n_rows: float) -> float:
-        """One block, from what each device would take for the whole of its two halves."""
-        n_bytes = token_bytes * n_rows
-        return _half_s(shared(attention, "kv_heads"), hub_idx, wires, n_bytes) + _half_s(
-            shared(mlp, "mlp_columns"), hub_idx, wires, n_bytes
-        )
-
-    def shared(whole: Sequence[float], field: str) -> list[float]:
-        """Seconds of each member's part; 0 where it has none."""
-        total = sum(getattr(member, field) for member in members)
-        return [
-            seconds * getattr(member, field) / total + device.split_s_per_block / 2
-            if getattr(member, field)
-            else 0.0
-            for seconds, member, device in zip(whole, members, devices, strict=True)
+    heads = [member.kv_heads / layout.n_kv_heads for member in members]
+    columns = [member.mlp_columns / layout.mlp_columns for member in members]
+    blocks_s, computes_s = [], []
+    for n_rows, *halves in zip(work.n_rows, work.attention_s, work.mlp_s, strict=True):
+        parts = [
+            [
+                share * seconds + split_s if share else 0.0
+                for share, seconds, split_s in zip(shares, half, work.split_s, strict=True)
+            ]
+            for shares, half in zip((heads, columns), halves, strict=True)
         ]
-
-    chunks = [chunk_s_per_block(device, request) for device in devices]
-    share = layout.attention_share
-    alone = [
-        (
-            [_attention_s(layout, d, batch, request.depth) for d in devices],
-            [_mlp_s(layout, d, batch) for d in devices],
-        )
-        for batch in STEP_BATCHES
-    ]
-    compute_s = max(shared(alone[0][0], "kv_heads")) + max(shared(alone[0][1], "mlp_columns"))
+        blocks_s.append(on_grid(sum(_half_s(part, wires, token_bytes * n_rows) for part in parts)))
+        computes_s.append(on_grid(sum(max(part) for part in parts)))
     return GroupTerm(
         members=members,
-        hub_idx=hub_idx,
+        hub_idx=wires.hub_idx,
         sum_codec=sum_codec,
-        decode_s=tuple(
-            on_grid(block_s(*halves, batch))
-            for halves, batch in zip(alone, STEP_BATCHES, strict=True)
-        ),
-        chunk_s=on_grid(
-            block_s(
-                [share * s for s in chunks],
-                [(1.0 - share) * s for s in chunks],
-                request.chunk_tokens,
-            )
-        ),
-        compute_s=on_grid(compute_s),
-        algorithm=_allreduce_s(wires, token_bytes)[0],
+        decode_s=tuple(blocks_s[:-1]),
+        chunk_s=blocks_s[-1],
+        compute_s=computes_s[0],
+        algorithm=_allreduce(wires, token_bytes)[0],
         token_bytes=2 * token_bytes,
     )
 
 
-def _attention_s(layout: ModelLayout, device: DeviceProfile, batch: int, depth: int) -> float:
-    """A whole block's attention: its share of the weights, and the context."""
-    weights_s = layout.attention_share * block_step_s(device, batch)
-    return weights_s + batch * depth * device.depth_s_per_block
+def _half_s(parts: Sequence[float], wires: _Wires, n_bytes: float) -> float:
+    """From one sum to the next, by the best way, given what each member computes in between.
 
-
-def _mlp_s(layout: ModelLayout, device: DeviceProfile, batch: int) -> float:
-    return (1.0 - layout.attention_share) * block_step_s(device, batch)
-
-
-def _half_s(parts: Sequence[float], hub_idx: int, wires: _Wires, n_bytes: float) -> float:
-    """From one sum at the hub to the next, given what each member computes in between.
-
-    A spoke begins when the last sum has come and its part then has to travel back; the hub can
-    compute meanwhile. Who has no part keeps nobody waiting.
+    Two that exchange directly drift apart, by up to a message, until both wait as long. Of a star:
+    a spoke begins when the last sum has come, and its part then has to travel back; the hub can
+    compute meanwhile, and who has no part keeps nobody waiting. A ring waits for everybody.
     """
-    algorithm, reduce_s = _allreduce_s(wires, n_bytes)
-    if algorithm == "ring":
-        return max(parts) + reduce_s
+    if len(parts) == 2 and all(parts):
+        return max(*parts, sum(parts) / 2 + _allreduce(wires, n_bytes)[1])
+    star_s = _star_half_s(parts, wires, n_bytes)
+    if not wires.has_ring:
+        return star_s
+    algorithm, reduce_s = _allreduce(wires, n_bytes)
+    return min(star_s, max(parts) + reduce_s) if algorithm == "ring" else star_s
+
+
+def _star_half_s(parts: Sequence[float], wires: _Wires, n_bytes: float) -> float:
     wire_s = wires.s_per_byte * n_bytes
     spokes = [
         part + rtt_s + wire_s
         for i, (part, rtt_s) in enumerate(zip(parts, wires.rtt_s, strict=True))
-        if part > 0.0 and i != hub_idx
+        if part > 0.0 and i != wires.hub_idx
     ]
-    return max([parts[hub_idx], *spokes])
+    return max([parts[wires.hub_idx], *spokes])
 
 
-def _allreduce_s(wires: _Wires, n_bytes: float) -> tuple[str, float]:
-    """The algorithm for so many bytes, and its seconds."""
-    return "star", max(wires.rtt_s) + wires.s_per_byte * n_bytes
+def _allreduce(wires: _Wires, n_bytes: float) -> tuple[Algorithm, float]:
+    """How partial sums of so many bytes are added up, and how long they are on their way.
+
+    The mean of the spokes' bandwidths is such that all transfers together take what they take.
+    """
+    n_members = len(wires.rtt_s)
+    return allreduce_s(
+        n_members,
+        n_bytes,
+        latency_s=max(wires.rtt_s) / 2,
+        bytes_per_s=2 * (n_members - 1) / wires.s_per_byte,
+    )
 
 
 def _wires(devices: Sequence[DeviceProfile], network: Network, hub_idx: int) -> _Wires | None:
     """The hub's links; None if one is missing. Ways there and back may be unlike."""
-    hub = devices[hub_idx].peer_id
+    peers = [device.peer_id for device in devices]
+    hub = peers[hub_idx]
     rtts, s_per_byte = [], 0.0
-    for i, device in enumerate(devices):
-        if i == hub_idx:
+    for peer_id in peers:
+        if peer_id == hub:
             rtts.append(0.0)
             continue
-        there, back = network.link(hub, device.peer_id), network.link(device.peer_id, hub)
+        there, back = network.link(hub, peer_id), network.link(peer_id, hub)
         if there is None or back is None:
             return None
         rtts.append(one_way_s(there) + one_way_s(back))
         s_per_byte += 1.0 / there.bandwidth_bytes_per_s + 1.0 / back.bandwidth_bytes_per_s
-    return _Wires(tuple(rtts), s_per_byte)
-
-
-def _handed_out(n_parts: int, whole_s: Sequence[float], delays: Sequence[float]) -> list[int]:
-    """How many of `n_parts` alike each member gets, so that the last sum comes soonest.
-
-    Member i, who would take `whole_s[i]` for all of them, is done with k parts k of these parts
-    after `delays[i]`. The `n_parts` earliest of all such moments are the answer; to find them, the
-    level up to which everybody is filled is worked out as if parts could be divided, and what
-    rounding down leaves goes out one by one.
-    """
-    part_s = [max(seconds / n_parts, GRID_S) for seconds in whole_s]
-    level = _water_level(n_parts, part_s, delays)
-    counts = [
-        min(n_parts, max(0, int((level - delay) / seconds)))
-        for seconds, delay in zip(part_s, delays, strict=True)
-    ]
-    while sum(counts) > n_parts:  # only where rounding of floats has given one too many
-        counts[counts.index(max(counts))] -= 1
-    for _ in range(n_parts - sum(counts)):
-        done = [
-            delay + (count + 1) * seconds
-            for count, seconds, delay in zip(counts, part_s, delays, strict=True)
-        ]
-        counts[done.index(min(done))] += 1
-    return counts
-
-
-def _water_level(n_parts: int, part_s: Sequence[float], delays: Sequence[float]) -> float:
-    """When all would be done if parts could be divided: members join in the order of delays."""
-    level, speed, done = 0.0, 0.0, 0.0
-    for delay, seconds in sorted(zip(delays, part_s, strict=True)):
-        if speed > 0.0 and done + (delay - level) * speed >= n_parts:
-            break
-        done += (delay - level) * speed
-        level, speed = delay, speed + 1.0 / seconds
-    return level + (n_parts - done) / speed
+    around = zip(peers, [*peers[1:], peers[0]], strict=True)
+    has_ring = all(network.link(one, other) is not None for one, other in around)
+    return _Wires(hub_idx, tuple(rtts), s_per_byte, has_ring)
