@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 from .choose import Prefer, choose, cost
 from .errors import PartitionError
-from .evaluate import evaluate
+from .evaluate import World, evaluate
 from .plan import Prediction
 from .presets import WIRED, DirectedLinks, scaled
-from .profile import DeviceProfile, LinkProfile, ModelLayout, Workload
+from .profile import DeviceProfile
 from .search import Candidate, pareto_front
 
 FASTER = 2.0  # "a device twice as fast"
@@ -57,16 +57,6 @@ class Improvement:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class World:
-    """What there is to plan with."""
-
-    layout: ModelLayout
-    devices: Mapping[str, DeviceProfile]
-    links: tuple[LinkProfile, ...]
-    request: Workload
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Change:
     kind: Kind
     peers: tuple[str, ...]
@@ -80,13 +70,7 @@ def improvements(
     found = []
     for change in _part_changes(candidate, world):
         with suppress(PartitionError):
-            better = evaluate(
-                candidate.pipelines,
-                change.world.layout,
-                change.world.devices,
-                change.world.links,
-                change.world.request,
-            )
+            better = evaluate(candidate.pipelines, change.world)
             found.append(_improvement(change, candidate, better, prefer, names or {}))
     return _worth_saying(found)
 

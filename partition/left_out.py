@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .choose import Prefer, cost
-from .cost import Network, block_cap, kv_bytes_per_block
 from .errors import PartitionError
-from .evaluate import evaluate, is_held
-from .improve import World
+from .evaluate import World, evaluate, is_held
+from .memory import block_cap, kv_bytes_per_block
+from .network import Network
 from .plan import Pipeline, Span, StagePlan
 from .search import Candidate
 
@@ -105,8 +105,7 @@ def _kept_out(peer: str, called: str, world: World) -> LeftOut | None:
 def _is_enough_alone(peer: str, world: World) -> bool:
     with suppress(PartitionError):
         alone = Pipeline.of([StagePlan.alone(peer, 0, world.layout.n_blocks)])
-        made = evaluate([alone], world.layout, world.devices, world.links, world.request)
-        return is_held(made, world.devices)
+        return is_held(evaluate([alone], world), world)
     return False
 
 
@@ -121,8 +120,8 @@ def _best_with(
     found = [point for point in others if any(peer in stage.peers for stage in point.stages)]
     for pipelines in _put_in(peer, chosen, world.layout.n_blocks):
         with suppress(PartitionError):
-            made = evaluate(pipelines, world.layout, world.devices, world.links, world.request)
-            if is_held(made, world.devices):
+            made = evaluate(pipelines, world)
+            if is_held(made, world):
                 found.append(made)
     return min(found, key=lambda one: (cost(one.prediction, prefer), one.pipelines), default=None)
 

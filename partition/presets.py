@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from .cost import Network
+from .network import Network
 from .profile import BATCHES, MAX_SECONDS, MIN_SECONDS, DeviceProfile, LinkProfile, ModelLayout
 
 GIB = 1 << 30

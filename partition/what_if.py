@@ -8,7 +8,7 @@ published.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from covey.errors import CoveyError
@@ -236,13 +236,19 @@ def _added(hardware: Hardware, add: Add, layout: ModelLayout, present: Find) -> 
         except CoveyError as error:
             kinds = ", ".join(DEVICE_CLASSES)
             raise BadChange(f"{add.what!r} is no kind of device ({kinds}) and: {error}") from error
-        called = f"another {add.what}"
+        called = hardware.names.get(model.peer_id, add.what)
         device = replace(model, peer_id=peer_id)
     device = _resized(device, add.memory_bytes, add.speed)
-    names = {**hardware.names, peer_id: f"{called} (what if {len(hardware.names) + 1})"}
+    names = {**hardware.names, peer_id: _new_name(called, hardware.names.values())}
     links = _relinked(hardware.links, add.link, peer_id, list(hardware.devices))
     devices = {**hardware.devices, peer_id: device}
     return Hardware(devices=devices, links=links, names=names)
+
+
+def _new_name(called: str, taken: Collection[str]) -> str:
+    name = f"new-{called.removeprefix('new-')}"
+    numbered = (f"{name}-{idx}" for idx in range(2, MAX_ADDED + 2))
+    return name if name not in taken else next(one for one in numbered if one not in taken)
 
 
 def _resized(device: DeviceProfile, memory_bytes: int | None, speed: float) -> DeviceProfile:
