@@ -42,6 +42,9 @@ from .structures import Block, KvType, Parts, Shape
 
 Held: TypeAlias = PagedSession | SessionLength
 
+_ATTENTION = Parts.ATTENTION | Parts.PARTIAL
+_MLP = Parts.MLP | Parts.PARTIAL
+
 
 def load_native_shard(
     checkpoint: Checkpoint,
@@ -177,7 +180,7 @@ class NativeShard:
             return None
         for rows in step.attention:
             rows.hidden[:] = hidden if rows.places is None else hidden[rows.places]
-            rows.call.run(self._described[place], Parts.ATTENTION | Parts.PARTIAL, place)
+            rows.call.run(self._described[place], _ATTENTION, place)
             if rows.places is not None:
                 step.out[rows.places] = rows.hidden
         return step.out
@@ -190,7 +193,7 @@ class NativeShard:
         if not has_columns(self.slice):
             return None
         step.out[:] = hidden
-        step.mlp.run(self._described[place], Parts.MLP | Parts.PARTIAL, place)
+        step.mlp.run(self._described[place], _MLP, place)
         return step.out
 
     def end(self, *, is_done: bool) -> None:
