@@ -63,6 +63,7 @@ class GroupSteps(Generic[H]):
         self._dtype = dtype
         self._hidden_size = hidden_size
         self._rows: tuple[SessionRows[H], ...] = ()
+        self._n_rows = 0
         self._broken: set[str] = set()  # sessions whose rows are not all finite
 
     def open(self, session: str, n_tokens: int, prefix: Sequence[bytes] = ()) -> int:
@@ -96,15 +97,16 @@ class GroupSteps(Generic[H]):
             end = step.position + len(step.hidden)
             rows.append(SessionRows(step.session, step.position, end, n_rows, held))
             n_rows += len(step.hidden)
-        self._rows, self._broken = tuple(rows), set()
+        self._rows, self._n_rows, self._broken = tuple(rows), n_rows, set()
         return answers, self._rows
 
     def check(self, hidden: HiddenStates) -> None:
         """Raise InvalidHiddenStates unless these are as many rows as are on their way."""
         check_hidden(hidden, self._dtype, self._hidden_size)
-        n_rows = sum(rows.n_rows for rows in self._rows)
-        if len(hidden) != n_rows:
-            raise InvalidHiddenStates(f"{len(hidden)} rows of hidden states, expected {n_rows}")
+        if len(hidden) != self._n_rows:
+            raise InvalidHiddenStates(
+                f"{len(hidden)} rows of hidden states, expected {self._n_rows}"
+            )
 
     def note(self, hidden: HiddenStates) -> None:
         """Remember whose rows are not finite, so that they end up in no cache.
@@ -120,7 +122,7 @@ class GroupSteps(Generic[H]):
 
     def end(self, *, is_done: bool) -> None:
         """See `Shard.end`."""
-        rows, self._rows = self._rows, ()
+        rows, self._rows, self._n_rows = self._rows, (), 0
         for each in rows if is_done else ():
             if each.session not in self._broken:
                 self._sessions.advance(each.held, each.end)

@@ -261,6 +261,9 @@ class Engine:
             self._handle = None
 
 
+_ATTENTION = Parts.ATTENTION.value
+
+
 class SpanCall:
     """Rows on their way through blocks, which are run some at a time; checked once for all.
 
@@ -294,11 +297,13 @@ class SpanCall:
             page_bytes = engine.library.page_bytes(shape, page_blocks)
             _require(all(each.page_bytes == page_bytes for each in pages), "pages of another shape")
         described = (table.run(at, n) if table else Run(None, 0, n, 0) for table, at, n in runs)
-        self._runs = (Run * len(runs))(*described)
-        self._ropes = (Rope * len(ropes))(
+        tables = (Rope * len(ropes))(
             *(Rope(cos.ctypes.data, sin.ctypes.data, len(cos)) for cos, sin in ropes)
         )
-        self._address = hidden.ctypes.data
+        self._rest = (
+            *((Run * len(runs))(*described), len(runs)),
+            *(tables, len(tables), hidden.ctypes.data),
+        )
         self._engine = engine
         self._shape = shape
         self._page_blocks = page_blocks
@@ -306,12 +311,12 @@ class SpanCall:
 
     def run(self, blocks: ctypes.Array[Block], parts: Parts, first_block: int = 0) -> None:
         """Run `blocks`, the first of which is at `first_block` within the pages, on the rows."""
-        _require(0 <= first_block <= self._page_blocks - len(blocks), "blocks beyond the pages")
-        _require(self._has_pages or not parts & Parts.ATTENTION, "attention without pages")
+        # Groups come here twice for each block: plain numbers, since those of enums take longer.
+        n_blocks, flags = len(blocks), parts.value
+        _require(0 <= first_block <= self._page_blocks - n_blocks, "blocks beyond the pages")
+        _require(self._has_pages or not flags & _ATTENTION, "attention without pages")
         self._engine._call(
-            "covey_span_forward",
-            *(self._shape, blocks, len(blocks), first_block, self._runs, len(self._runs)),
-            *(self._ropes, len(self._ropes), self._address, int(parts)),
+            "covey_span_forward", self._shape, blocks, n_blocks, first_block, *self._rest, flags
         )
 
 

@@ -45,6 +45,9 @@ from .window import StreamFacts
 
 Held: TypeAlias = PagedSession | SessionLength
 
+_ATTENTION = Parts.ATTENTION | Parts.PARTIAL
+_MLP = Parts.MLP | Parts.PARTIAL
+
 
 def load_native_shard(
     checkpoint: Checkpoint,
@@ -188,7 +191,7 @@ class NativeShard:
         block = self._blocks.take(place)
         for rows in step.attention:
             rows.hidden[:] = hidden if rows.places is None else hidden[rows.places]
-            rows.call.run(block, Parts.ATTENTION | Parts.PARTIAL, place)
+            rows.call.run(block, _ATTENTION, place)
             if rows.places is not None:
                 step.out[rows.places] = rows.hidden
         return step.out
@@ -202,7 +205,7 @@ class NativeShard:
             if not has_columns(self.slice):
                 return None
             step.out[:] = hidden
-            step.mlp.run(self._blocks.take(place), Parts.MLP | Parts.PARTIAL, place)
+            step.mlp.run(self._blocks.take(place), _MLP, place)
             return step.out
         finally:
             self._blocks.release()  # while others are waited for, the next block comes in
