@@ -8,7 +8,8 @@ READY = $(VENV)/.ready
 KERNELS = $(VENV)/.kernels
 
 .PHONY: setup demo test test-lab test-arm lint format fuzz soak build clean \
-    lab lab-nat lab-paths lab-swarm lab-links lab-plan lab-groups lab-tpi bench-pipeline bench-transport bench-engine
+    lab lab-nat lab-paths lab-swarm lab-links lab-plan lab-groups lab-tpi bench-pipeline bench-transport bench-engine \
+    bench-codecs
 
 MODEL ?= smollm2
 
@@ -112,6 +113,10 @@ bench-transport: $(KERNELS)
 # MODEL=smollm2 or 1b. Builds llama.cpp at first use, to measure against.
 bench-engine: $(KERNELS)
 	$(BIN)/python -m benchmarks.bench_engine --model $(MODEL)
+
+# What the codecs of hidden states lose and save.
+bench-codecs: $(KERNELS)
+	$(BIN)/python -m benchmarks.bench_codecs
 
 build: $(KERNELS)
 	rm -rf dist

@@ -19,6 +19,7 @@ from .installs import cache_folder
 
 CONTEXT = 8192
 SPECIALS = ("<|begin_of_text|>", "<|end_of_text|>")
+MERGED = ("w", "0")  # a tokenizer needs a merge, and the merge its parts
 STANDARD_DEVIATION = 0.02  # of a weight, about that of a trained model
 
 Bytes = npt.NDArray[np.uint8]
@@ -28,7 +29,7 @@ Bytes = npt.NDArray[np.uint8]
 class Shape:
     """A llama's dimensions."""
 
-    name: str  # of its file, and so of the model
+    name: str  # as in SHAPES; that of its file begins with "synthetic-"
     n_blocks: int
     hidden: int
     inner: int
@@ -63,7 +64,7 @@ class Shape:
 SHAPES: Mapping[str, Shape] = MappingProxyType(
     {
         "llama-3.2-1b": Shape(
-            name="synthetic-1b",
+            name="llama-3.2-1b",
             n_blocks=16,
             hidden=2048,
             inner=8192,
@@ -73,7 +74,7 @@ SHAPES: Mapping[str, Shape] = MappingProxyType(
             vocabulary=128256,
         ),
         "tp-512": Shape(
-            name="synthetic-tp-512",
+            name="tp-512",
             n_blocks=30,
             hidden=512,
             inner=1536,
@@ -83,7 +84,7 @@ SHAPES: Mapping[str, Shape] = MappingProxyType(
             vocabulary=32000,
         ),
         "llama-2-7b-8of32": Shape(
-            name="synthetic-7b-8of32",
+            name="llama-2-7b-8of32",
             n_blocks=8,
             hidden=4096,
             inner=11008,
@@ -99,7 +100,7 @@ SHAPES: Mapping[str, Shape] = MappingProxyType(
 
 def synthetic(shape: Shape, kind: str, say: Callable[[str], None]) -> Path:
     """The file of a shape whose matrices are all of one of TYPES; written at first use."""
-    path = cache_folder() / f"{shape.name}.{kind}.gguf"
+    path = cache_folder() / f"synthetic-{shape.name}.{kind}.gguf"
     if not path.exists():
         say(f"writing {path}")
         unfinished = path.with_suffix(".unfinished")
@@ -142,13 +143,14 @@ def _write(path: Path, shape: Shape, kind: str) -> None:
 
 def _add_tokenizer(writer: GGUFWriter, vocabulary: int) -> None:
     """As many tokens as the shape has; all but the specials are words of their own number."""
-    words = [f"w{i}" for i in range(vocabulary - len(SPECIALS))]
+    n_words = vocabulary - len(SPECIALS) - len(MERGED)
+    words = [*MERGED, *(f"w{i}" for i in range(n_words))]
     normal, special = int(TokenType.NORMAL), int(TokenType.CONTROL)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list([*SPECIALS, *words])
     writer.add_token_types([special] * len(SPECIALS) + [normal] * len(words))
-    writer.add_token_merges(["w 0"])
+    writer.add_token_merges([" ".join(MERGED)])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
 

@@ -1,4 +1,4 @@
-"""`covey plan`: the plans worth having, which one runs and why, and pinning one of them."""
+"""`covey plan`: the plans worth having, why they are as they are, and which one is to run."""
 
 from __future__ import annotations
 
@@ -8,20 +8,70 @@ from typing import Annotated, Any
 
 import typer
 
-from covey.client import BadRequest, Client
+from covey.client import BadRequest, Client, PlanOptions
 
 from . import options
 from .local import local_client
-from .render import out, print_json, seconds, show, table
+from .plan_render import pipelines_text, render_explained, render_plans, render_what_if
+from .render import out, print_json, show
 
-MAX_SHOWN = 12  # points of a front in a table
-MAX_FILE_BYTES = 1 << 20  # of a plan that is given
+MAX_FILE_BYTES = 1 << 20  # of a plan or of measured figures
+ANSWER_S = 300.0  # a search over many devices that nobody has asked for yet
+
+WHAT_IF_HELP = (
+    "Plan for hardware you do not have; may be given several times. add=KIND_OR_NAME[,link=LINK]"
+    "[,memory=8G][,speed=2][,count=3] adds machines (pi4, pi5, minipc, laptop, m1, desktop, or "
+    "another one like a member), remove=NAME takes one away, link=NAME:LINK changes its links "
+    "(lan, wifi, bad-wifi, wan, 4g, or figures like 5ms/100mbit), memory=NAME:8G and speed=NAME:2 "
+    "change a machine."
+)
 
 
 def plan(
     model: Annotated[str, typer.Argument(help="A model of the swarm.")] = "smollm2",
     prefer: Annotated[
-        str | None, typer.Option(help="latency, throughput or balanced; the node's own by default.")
+        str | None,
+        typer.Option(
+            help="What to choose by: latency (one answer soon), throughput (many at once) or "
+            "balanced; the node's own by default."
+        ),
+    ] = None,
+    max_ttft: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Choose among plans whose first token comes within so many s."),
+    ] = None,
+    min_throughput: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Choose among plans that do so many tokens/s, all told."),
+    ] = None,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Length of the question to predict for.")
+    ] = None,
+    sessions: Annotated[
+        int | None, typer.Option(min=1, help="Answers in the making at once to predict for.")
+    ] = None,
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain",
+            help="Say of the choice what bounds it, what would help, how it compares with one "
+            "machine alone.",
+        ),
+    ] = False,
+    why: Annotated[
+        str | None, typer.Option(metavar="PEER", help="Say why this machine is left out.")
+    ] = None,
+    what_if: Annotated[list[str] | None, typer.Option(metavar="CHANGE", help=WHAT_IF_HELP)] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw the plans into this .svg, .png or .html file (`covey[plot]`)."),
+    ] = None,
+    measured: Annotated[
+        Path | None,
+        typer.Option(
+            help="Measured figures to draw too: a JSON list of {label, tpot_s, "
+            "throughput_tok_per_s}, ttft_s if known."
+        ),
     ] = None,
     apply: Annotated[
         int | None,
@@ -35,18 +85,59 @@ def plan(
     home: options.Home = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Show the plans worth having for MODEL, what each should do, and which one runs."""
+    """Show the plans worth having for MODEL, what each should do, and which one runs.
+
+    None of them is beaten by another in everything: first token, each token, and all sessions
+    together. The choice is marked +, the one that runs *.
+    """
     if (apply is not None) + (apply_file is not None) + unpin > 1:
         raise BadRequest("--apply, --apply-file and --unpin exclude each other: give one")
-    with local_client(home) as client:
+    if measured is not None and plot is None:
+        raise BadRequest("--measured is for a picture: give --plot as well")
+    asked = PlanOptions(advice=apply is None)
+    given = {
+        "max_ttft_s": max_ttft,
+        "min_throughput": min_throughput,
+        "prompt_tokens": prompt_tokens,
+        "sessions": sessions,
+        "why": why,
+        "what_if": what_if or None,
+    }
+    asked.update({name: value for name, value in given.items() if value is not None})  # type: ignore[typeddict-item]
+    with local_client(home, timeout_s=ANSWER_S) as client:
         if unpin:
             show(client.unpin_plan(model), as_json=as_json, render=_render_unpinned)
-        elif apply is not None:
-            _pin(client, model, _point(client.plan(model, prefer), apply), as_json=as_json)
-        elif apply_file is not None:
-            _pin(client, model, _read(apply_file), as_json=as_json)
-        else:
-            show(client.plan(model, prefer), as_json=as_json, render=_render)
+            return
+        if apply_file is not None:
+            _pin(client, model, _read_plan(apply_file), as_json=as_json)
+            return
+        facts = client.plan(model, prefer, **asked)
+        if apply is not None:
+            _pin(client, model, _point(facts, apply), as_json=as_json)
+            return
+    if plot is not None:
+        _draw(facts, plot, measured)
+    show(facts, as_json=as_json, render=lambda facts: _render(facts, explain=explain))
+
+
+def _render(facts: dict[str, Any], *, explain: bool) -> None:
+    """What was asked for; the plans as they are unless it was something else."""
+    if facts["what_if"] is not None:
+        render_what_if(facts)
+    elif facts["why"] is None:
+        render_plans(facts)
+    if explain:
+        render_explained(facts if facts["what_if"] is None else facts["what_if"])
+    if facts["why"] is not None:
+        out.print(facts["why"]["text"], markup=False, soft_wrap=True)
+
+
+def _draw(facts: dict[str, Any], path: Path, measured: Path | None) -> None:
+    """Draw the plans; what that needs is imported here, since few commands do."""
+    from .plan_plot import draw, measured_points
+
+    points = [] if measured is None else measured_points(_read_json(measured), str(measured))
+    draw(facts, path, points)
 
 
 def _pin(client: Client, model: str, value: dict[str, Any], *, as_json: bool) -> None:
@@ -54,7 +145,7 @@ def _pin(client: Client, model: str, value: dict[str, Any], *, as_json: bool) ->
     if as_json:
         print_json(done)
         return
-    out.print(f"pinned: {_pipelines_text(done)}", markup=False, soft_wrap=True)
+    out.print(f"pinned: {pipelines_text(done)}", markup=False, soft_wrap=True)
     out.print("its members load their blocks now; `covey plan` shows when it runs")
 
 
@@ -69,21 +160,26 @@ def _point(facts: dict[str, Any], number: int) -> dict[str, Any]:
     raise BadRequest(f"there is no plan number {number}: they go from 1 to {n_points}")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_plan(path: Path) -> dict[str, Any]:
     """The plan in a file, which the node checks."""
+    value = _read_json(path)
+    if not isinstance(value, dict) or "pipelines" not in value:
+        raise BadRequest(f'{path}: must be an object with "pipelines", as `covey plan --json` has')
+    return value
+
+
+def _read_json(path: Path) -> object:
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise BadRequest(f"{path}: {error.strerror}") from error
     if len(data) > MAX_FILE_BYTES:
-        raise BadRequest(f"{path}: is larger than any plan")
+        raise BadRequest(f"{path}: is larger than {MAX_FILE_BYTES} bytes")
     try:
-        value = json.loads(data)
+        value: object = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"{path}: is not JSON: {error}") from error
-    if not isinstance(value, dict) or "pipelines" not in value:
-        raise BadRequest(f'{path}: must be an object with "pipelines", as `covey plan --json` has')
     return value
 
 
@@ -92,109 +188,3 @@ def _render_unpinned(done: dict[str, Any]) -> None:
         out.print("no plan is pinned any more: the swarm chooses")
     else:
         out.print("no plan was pinned")
-
-
-def _render(facts: dict[str, Any]) -> None:
-    out.print(f"{facts['model']}: {facts['n_blocks']} blocks, aiming at {facts['prefer']}")
-    if facts["points"]:
-        table(
-            "Plans worth having",
-            ("", "no.", "stages", "first token", "per token", "all sessions", "most of a token"),
-            [_point_row(point) for point in _thinned(facts["points"])],
-        )
-        if len(facts["points"]) > MAX_SHOWN:
-            out.print(f"({len(facts['points'])} plans in all: --json has them)")
-        if not facts["is_exact"]:
-            out.print("(a bounded search: there may be better ones)")
-    if facts["infeasible"]:
-        out.print(f"no plan: {facts['infeasible']}")
-    single = facts["single"]
-    if single is not None:
-        out.print(
-            f"one machine alone: {_pipelines_text(single)}, {seconds(single['tpot_s'])} a token"
-        )
-    elif facts["no_single_because"]:
-        out.print(f"one machine alone: {facts['no_single_because']}")
-    active = facts["active"]
-    if active is None:
-        out.print(f"active: none yet, {facts['why_not']}")
-    else:
-        out.print(
-            f"active: {_pipelines_text(active)} (epoch {active['epoch']}), {facts['because']}"
-        )
-        for point in facts["points"]:
-            if point["is_active"]:
-                for line in point["why"][1:]:
-                    out.print(f"  {line}")
-    if facts["pinned"] is not None:
-        _render_pin(facts["pinned"])
-
-
-def _render_pin(pin: dict[str, Any]) -> None:
-    text = f"pinned by {pin['by']}: {_pipelines_text(pin)}"
-    if pin["why_not"] is not None:
-        text += f"; it cannot run now: {pin['why_not']}"
-    out.print(text, markup=False, soft_wrap=True)
-
-
-def _thinned(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Some of a long front, evenly over it, the chosen and the active point always among them."""
-    if len(points) <= MAX_SHOWN:
-        return points
-    every = len(points) / MAX_SHOWN
-    shown = {int(idx * every) for idx in range(MAX_SHOWN)}
-    shown |= {idx for idx, point in enumerate(points) if point["is_chosen"] or point["is_active"]}
-    return [points[idx] for idx in sorted(shown)]
-
-
-def _point_row(point: dict[str, Any]) -> tuple[str, ...]:
-    return (
-        "*" if point["is_active"] else ("+" if point["is_chosen"] else ""),
-        str(point["n"]),
-        _pipelines_text(point),
-        seconds(point["ttft_s"]),
-        seconds(point["tpot_s"]),
-        f"{point['throughput_tok_per_s']:.1f} tok/s",
-        _bound_text(point["bound_by"]),
-    )
-
-
-def _bound_text(bound: dict[str, Any]) -> str:
-    what = " > ".join(bound["peers"]) if bound["kind"] == "link" else bound["peers"][0]
-    return f"{what} {bound['share']:.0%}"
-
-
-def _pipelines_text(value: dict[str, Any]) -> str:
-    """Replicas are joined by "|", stages by ">", a link's codec stands at its ">" if not exact."""
-    return " | ".join(_pipeline_text(pipeline) for pipeline in value["pipelines"])
-
-
-def _pipeline_text(pipeline: dict[str, Any]) -> str:
-    text = ""
-    for idx, stage in enumerate(pipeline["stages"]):
-        codec = pipeline["codecs"][idx]
-        if idx:
-            text += " > " if codec == "exact" else f" >{codec}> "
-        text += _stage_text(stage)
-    return text
-
-
-def _stage_text(stage: dict[str, Any]) -> str:
-    start, end = stage["span"]
-    members = stage["members"]
-    if len(members) == 1:
-        streamed = members[0]["streamed_blocks"]
-        disk = f" ({streamed} from disk)" if streamed else ""
-        return f"{_name(members[0])} {start}-{end}{disk}"
-    shares = ", ".join(_share_text(member, stage["hub"]) for member in members)
-    return f"[{shares}] {start}-{end}"
-
-
-def _share_text(member: dict[str, Any], hub: str) -> str:
-    name = _name(member)
-    mark = " (hub)" if hub in (member["name"], member["peer_id"]) else ""
-    return f"{name} {member['kv_heads']}h {member['mlp_columns']}c{mark}"
-
-
-def _name(member: dict[str, Any]) -> str:
-    return str(member["name"] or member["peer_id"][-8:])

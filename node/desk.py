@@ -6,6 +6,7 @@ the form of the seam. Nothing is decided here.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from .facts import member_facts, model_entries, status_facts
 from .membership import save_invites
 from .pins import next_pin, pipelines_value, read_pipelines, why_infeasible
 from .plan_facts import named, plan_facts
-from .planning_state import read_state, usable
+from .plan_questions import question_of
 from .service import Event, GenerationRequest, ModelEntry, PlanQuery
 
 if TYPE_CHECKING:
@@ -47,17 +48,16 @@ class Desk:
         """See `Service.plan`."""
         node = self._node
         outlook = await node.planning.outlook(node.catalog.by_name(query.model))
-        names = {peer: card.name for peer, card in node.views.members().items()}
-        return plan_facts(outlook, query, names=names, prefer=query.prefer or node.config.prefer)
+        question = question_of(node, outlook, query)
+        return await asyncio.to_thread(plan_facts, outlook, question)
 
     def pin_plan(self, model: str, plan: Mapping[str, Any]) -> dict[str, Any]:
         """See `Service.pin_plan`."""
         node = self._node
         local = node.catalog.by_name(model)
-        pipelines = read_pipelines(plan, local.layout, node.members.find)
-        state = read_state(node.views, local.digest, local.layout.n_blocks)
-        devices = usable(local, state, node.live_peers())
-        why_not = why_infeasible(pipelines, local.layout, devices)
+        world = node.planning.world(local)
+        pipelines = read_pipelines(plan, world, node.members.find)
+        why_not = why_infeasible(pipelines, world)
         names = {peer: card.name for peer, card in node.views.members().items()}
         if why_not is not None:
             raise InvalidRequest("plan", named(why_not, names))

@@ -72,6 +72,10 @@ class ColdFile:
             at += len(piece)
         return memory[first:stop]
 
+    def forget(self) -> None:
+        """Ask the system to drop what it holds of the file."""
+        forget(self._file.fileno())
+
     def close(self) -> None:
         """Let go of the file."""
         self._file.close()
@@ -111,7 +115,7 @@ class ColdFile:
             if self.is_direct and n_read % BLOCK_BYTES:
                 break  # the end of the file; another read would not begin where it must
         if not self.is_direct:
-            _forget(self._file.fileno(), offset, n_read)
+            forget(self._file.fileno(), offset, n_read)
         return n_read
 
 
@@ -139,6 +143,13 @@ def room_for(n_bytes: int) -> int:
     return _rounded(n_bytes) + BLOCK_BYTES
 
 
+def forget(descriptor: int, offset: int = 0, n_bytes: int = 0) -> None:
+    """Ask the system to drop what it holds of a file; 0 bytes is all from there on."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):
+            os.posix_fadvise(descriptor, offset, n_bytes, os.POSIX_FADV_DONTNEED)
+
+
 def disk_read_speed(path: Path) -> float:
     """Bytes per second at which the disk under a file is read, cache or no cache.
 
@@ -154,7 +165,7 @@ def disk_read_speed(path: Path) -> float:
     file_path = _sample(path)
     with ColdFile(file_path) as file:
         if not file.is_direct:
-            _forget(file._file.fileno(), 0, 0)
+            file.forget()
         step = min(PIECE_BYTES, file.size)
         memory = read_memory(room_for(step))
         memory[::BLOCK_BYTES] = 0  # the system gives memory when it is first written to
@@ -195,13 +206,6 @@ def _open(path: Path) -> tuple[FileIO, bool]:
 
 def _open_direct(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_DIRECT)
-
-
-def _forget(descriptor: int, offset: int, n_bytes: int) -> None:
-    """Ask the system to drop what it holds of a file; 0 bytes is all from there on."""
-    if hasattr(os, "posix_fadvise"):
-        with suppress(OSError):
-            os.posix_fadvise(descriptor, offset, n_bytes, os.POSIX_FADV_DONTNEED)
 
 
 def _rounded(n_bytes: int, multiple: int = BLOCK_BYTES) -> int:

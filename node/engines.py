@@ -14,6 +14,8 @@ from typing import Any, Literal, get_args
 
 import psutil
 
+from .engine.shard import Shard, Slice
+from .engine.slices import Split, attention_parts, split_of, stored_columns
 from .engine.stage import Head, Stage
 from .engine.tensors import (
     HIDDEN_DTYPES,
@@ -29,6 +31,7 @@ from .kernels.errors import KernelsUnavailable
 from .kernels.library import Engine as NativeEngine
 from .kernels.library import load_library
 from .kernels.native_head import head_parts, load_native_head
+from .kernels.native_shard import load_native_shard
 from .kernels.native_stage import KV_ITEMSIZE, kernel_shape, load_native_stage
 from .kernels.packed import Packer
 from .kernels.packed_cache import PackedCache
@@ -54,6 +57,7 @@ class WeightSizes:
     embedding: int
     head: int  # without the embedding, which may serve as the output matrix too
     kv_per_token_per_block: int
+    attention_share: float  # of the blocks' bytes
 
 
 class Engines:
@@ -62,7 +66,8 @@ class Engines:
     `choice` "auto" is native wherever the library is there and has kernels for the model.
     `quantize` is what matrices in F32, F16 and BF16 become; models that are quantised already stay
     what they are. With a `speed` below 1 the node behaves like a machine of that share of this
-    one's speed. Both are for the native engine only.
+    one's speed. A head that is larger than `head_bytes` reads its matrices from disk for each step,
+    which takes some megabytes. All three are for the native engine only.
     """
 
     def __init__(
@@ -73,11 +78,13 @@ class Engines:
         *,
         quantize: Quantization | None = None,
         speed: float = 1.0,
+        head_bytes: int | None = None,
     ) -> None:
         self.choice = choice
         self.threads = threads or default_threads()
         self.quantize = quantize
         self.speed = speed
+        self.head_bytes = head_bytes
         self._cache = cache or PackedCache()
 
     def kind_of(self, checkpoint: Checkpoint) -> EngineKind:
@@ -114,12 +121,15 @@ class Engines:
         on_block: Callable[[int, int], None] | None = None,
         verify: bool = False,
         kv_bytes: int | None = None,
+        streamed_blocks: int = 0,
     ) -> Stage:
         """Read the blocks of `span`; see the loaders of each engine.
 
         With `verify` each block is hashed first: CorruptModel if it is not what it was. The
         native engine always does so when it packs one, and then keeps it on disk. `kv_bytes` is
-        all that its KV cache may take, prefixes kept for later sessions included.
+        all that its KV cache may take, prefixes kept for later sessions included. So many as
+        `streamed_blocks` are read from disk for each step; the torch engine cannot do that, and
+        keeps them in memory.
         """
         if is_native(kind):
             return load_native_stage(
@@ -130,17 +140,58 @@ class Engines:
                 cache=self._cache,
                 kv_bytes=kv_bytes,
                 quantize=quantized_as(kind),
+                streamed_blocks=streamed_blocks,
             )
         self._set_torch_threads()
         from .engine.torch_stage import load_stage
 
         return load_stage(checkpoint, span, HIDDEN_DTYPES[kind], on_block=on_block, verify=verify)
 
+    def load_shard(
+        self,
+        checkpoint: Checkpoint,
+        span: tuple[int, int],
+        cut: Slice,
+        kind: EngineKind,
+        *,
+        on_block: Callable[[int, int], None] | None = None,
+        verify: bool = False,
+        kv_bytes: int | None = None,
+    ) -> Shard:
+        """Read what a member of a group holds of the blocks of `span`; the rest as `load_stage`.
+
+        Raises:
+            ValueError: not a slice of this model, or it cuts blocks of quantised numbers.
+        """
+        if is_native(kind):
+            return load_native_shard(
+                checkpoint,
+                span,
+                cut,
+                engine=self._native,
+                on_block=on_block,
+                cache=self._cache,
+                kv_bytes=kv_bytes,
+                quantize=quantized_as(kind),
+            )
+        self._set_torch_threads()
+        from .engine.torch_shard import load_shard
+
+        return load_shard(
+            checkpoint, span, cut, HIDDEN_DTYPES[kind], on_block=on_block, verify=verify
+        )
+
     def load_head(self, checkpoint: Checkpoint, kind: EngineKind) -> Head:
         """Read embedding, final norm and output matrix."""
         if is_native(kind):
+            sizes = weight_sizes(checkpoint, kind)
             return load_native_head(
-                checkpoint, engine=self._native, cache=self._cache, quantize=quantized_as(kind)
+                checkpoint,
+                engine=self._native,
+                cache=self._cache,
+                quantize=quantized_as(kind),
+                streams=self.head_bytes is not None
+                and sizes.embedding + sizes.head > self.head_bytes,
             )
         self._set_torch_threads()
         from .engine.head import load_head
@@ -199,11 +250,12 @@ def weight_sizes(checkpoint: Checkpoint, kind: EngineKind) -> WeightSizes:
     config = checkpoint.config
     if is_native(kind):
         packer, ends = Packer(load_library(), quantized_as(kind)), head_parts(checkpoint)
+        parts = [checkpoint.block_parts(block_idx) for block_idx in range(config.n_blocks)]
+        blocks = tuple(map(packer.block_bytes, parts))
+        attention = sum(packer.block_bytes(attention_parts(each)) for each in parts)
         return WeightSizes(
-            blocks=tuple(
-                packer.block_bytes(checkpoint.block_parts(block_idx))
-                for block_idx in range(config.n_blocks)
-            ),
+            blocks=blocks,
+            attention_share=attention / sum(blocks),
             embedding=packer.block_bytes(ends["embedding"]),
             head=packer.block_bytes(ends["head"]),
             kv_per_token_per_block=config.kv_bytes_per_token(1, KV_ITEMSIZE),
@@ -215,4 +267,12 @@ def weight_sizes(checkpoint: Checkpoint, kind: EngineKind) -> WeightSizes:
         embedding=embedding,
         head=0 if config.tied_embeddings else embedding,
         kv_per_token_per_block=config.kv_bytes_per_token(1, element),
+        attention_share=config.attention_weights / config.block_weights,
     )
+
+
+def split_of_model(checkpoint: Checkpoint, kind: EngineKind) -> Split | None:
+    """How a group on engine `kind` can share out the blocks of a model; None if it cannot."""
+    if is_native(kind):
+        return split_of(checkpoint, Packer(load_library(), quantized_as(kind)).block_columns)
+    return split_of(checkpoint, stored_columns)

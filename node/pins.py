@@ -6,27 +6,31 @@ a pin is the newest is for the store's view to say, and when it is acted on for 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
 
-from covey.partition.cost import Network, block_cap, member_bytes, price
+from covey.partition.codecs import codecs_for
 from covey.partition.errors import InvalidPlan, PartitionError
+from covey.partition.evaluate import World, evaluate
+from covey.partition.group import group_term
+from covey.partition.memory import block_cap, member_bytes
+from covey.partition.network import Network
 from covey.partition.plan import (
     MAX_MEMBERS,
     MAX_PIPELINES,
     MAX_STAGES,
+    SUM_CODECS,
     Member,
     Pipeline,
-    Prediction,
     Span,
     StagePlan,
     check_pipelines,
 )
-from covey.partition.profile import DeviceProfile, LinkProfile, ModelLayout, Workload
 from covey.partition.search import Candidate
 from covey.store.schema import MAX_VERSION, Pin
 from covey.store.views import Authored, Views
@@ -74,8 +78,10 @@ class Pinned:
     why_not: str | None  # then, in a phrase that names peer ids
 
 
-def read_pipelines(value: object, layout: ModelLayout, find: Find) -> tuple[Pipeline, ...]:
+def read_pipelines(value: object, world: World, find: Find) -> tuple[Pipeline, ...]:
     """The pipelines that a person's JSON asks for, checked against the model.
+
+    What is left open, shares of a group and codecs, becomes what the planner would take.
 
     Raises:
         InvalidRequest: names the part that is wrong, and how.
@@ -85,25 +91,15 @@ def read_pipelines(value: object, layout: ModelLayout, find: Find) -> tuple[Pipe
     except msgspec.ValidationError as error:
         what, _, where = str(error).partition(" - at `$")
         raise InvalidRequest(f"plan{where.rstrip('`')}", what[:1].lower() + what[1:]) from error
-    pipelines = []
-    for idx, pipeline in enumerate(plan.pipelines):
-        where = f"plan.pipelines[{idx}]"
-        stages = [
-            _stage(stage, layout, find, f"{where}.stages[{stage_idx}]")
-            for stage_idx, stage in enumerate(pipeline.stages)
-        ]
-        try:
-            pipelines.append(Pipeline.of(stages, codecs=pipeline.codecs))
-        except InvalidPlan as error:
-            raise InvalidRequest(where, _reason(error)) from error
-    try:
+    pipelines = [
+        _pipeline(pipeline, world, find, f"plan.pipelines[{idx}]")
+        for idx, pipeline in enumerate(plan.pipelines)
+    ]
+    with _named("plan.pipelines"):
         check_pipelines(pipelines)
-    except InvalidPlan as error:
-        raise InvalidRequest("plan.pipelines", _reason(error)) from error
-    if pipelines[0].n_blocks != layout.n_blocks:
-        raise InvalidRequest(
-            "plan.pipelines", f"must cover all {layout.n_blocks} blocks of the model"
-        )
+    n_blocks = world.layout.n_blocks
+    if pipelines[0].n_blocks != n_blocks:
+        raise InvalidRequest("plan.pipelines", f"must cover all {n_blocks} blocks of the model")
     return tuple(pipelines)
 
 
@@ -135,31 +131,24 @@ def next_pin(
     )
 
 
-def pinned(
-    entry: Authored[Pin] | None,
-    layout: ModelLayout,
-    devices: Mapping[str, DeviceProfile],
-    links: Sequence[LinkProfile],
-    workload: Workload,
-) -> Pinned | None:
+def pinned(entry: Authored[Pin] | None, world: World) -> Pinned | None:
     """What a pin asks for and whether it can be done; None where nothing is pinned.
 
     A pin that does not check out is none: whoever published it is wrong.
 
     Args:
-        devices: of the members that are alive and run the model on our engine.
+        world: its devices are the members that are alive and run the model on our engine.
     """
     if entry is None or entry.record.plan is None:
         return None
     try:
-        pipelines = read_pipelines(entry.record.plan, layout, find=lambda peer_id: peer_id)
+        pipelines = read_pipelines(entry.record.plan, world, find=lambda peer_id: peer_id)
     except InvalidRequest:
         return None
-    why_not = why_infeasible(pipelines, layout, devices)
-    candidate = None
+    why_not, candidate = why_infeasible(pipelines, world), None
     if why_not is None:
         try:
-            candidate = priced_candidate(pipelines, layout, devices, links, workload)
+            candidate = evaluate(pipelines, world)
         except PartitionError as error:
             why_not = str(error)
     return Pinned(
@@ -171,61 +160,39 @@ def pinned(
     )
 
 
-def why_infeasible(
-    pipelines: Sequence[Pipeline], layout: ModelLayout, devices: Mapping[str, DeviceProfile]
-) -> str | None:
+def why_infeasible(pipelines: Sequence[Pipeline], world: World) -> str | None:
     """Which member is missing or lacks room, in a phrase that names its peer id; None if none is.
 
     As with every plan, the KV cache is not judged: a session that has no room is refused.
     """
     for stage in (stage for pipeline in pipelines for stage in pipeline.stages):
         for idx, member in enumerate(stage.members):
-            device = devices.get(member.peer_id)
+            device = world.devices.get(member.peer_id)
             if device is None:
                 return f"{member.peer_id} is not there, or does not offer the model on our engine"
             n_blocks, cap = stage.span.n_blocks, block_cap(device)
             if n_blocks > cap:
                 return f"{member.peer_id} takes at most {cap} blocks, not {n_blocks}"
-            missing = member_bytes(layout, stage, idx) - device.memory_bytes
+            missing = member_bytes(world.layout, stage, idx) - device.memory_bytes
             if missing > 0:
                 return f"{member.peer_id} lacks {missing / 1e6:.1f} MB for {n_blocks} blocks"
     return None
 
 
-def priced_candidate(
-    pipelines: Sequence[Pipeline],
-    layout: ModelLayout,
-    devices: Mapping[str, DeviceProfile],
-    links: Sequence[LinkProfile],
-    workload: Workload,
-) -> Candidate:
-    """Pipelines with what they should do by the profiles of now.
-
-    Raises:
-        PartitionError: the profiles do not say.
-    """
-    network = Network(links)
-    parts = [
-        price(
-            pipeline.stages,
-            layout,
-            devices,
-            network,
-            request=workload,
-            codecs=pipeline.codecs,
-        ).prediction()
-        for pipeline in pipelines
+def _pipeline(pipeline: _PipelineJson, world: World, find: Find, where: str) -> Pipeline:
+    stages = [
+        _stage(stage, world, find, f"{where}.stages[{idx}]")
+        for idx, stage in enumerate(pipeline.stages)
     ]
-    prediction = Prediction(
-        ttft_s=min(part.ttft_s for part in parts),
-        tpot_s=min(part.tpot_s for part in parts),
-        throughput_tok_per_s=sum(part.throughput_tok_per_s for part in parts),
-        memory_bytes=tuple(entry for part in parts for entry in part.memory_bytes),
-    )
-    return Candidate(pipelines=tuple(pipelines), prediction=prediction)
+    codecs = pipeline.codecs
+    if codecs is None:
+        hubs, network = [stage.hub for stage in stages], Network(world.links)
+        codecs = [*codecs_for(hubs, world.layout, network.link, world.request)]
+    with _named(where):
+        return Pipeline.of(stages, codecs=codecs)
 
 
-def _stage(stage: _StageJson, layout: ModelLayout, find: Find, where: str) -> StagePlan:
+def _stage(stage: _StageJson, world: World, find: Find, where: str) -> StagePlan:
     called: dict[str, str] = {}  # what the file calls a member -> its peer id
     members = []
     for idx, member in enumerate(stage.members):
@@ -234,23 +201,48 @@ def _stage(stage: _StageJson, layout: ModelLayout, find: Find, where: str) -> St
             raise InvalidRequest(f"{where}.members[{idx}]", "needs a name or a peer_id")
         peer_id = find(text)
         called |= {said: peer_id for said in (member.name, member.peer_id, peer_id) if said}
-        try:
+        with _named(f"{where}.members[{idx}]"):
             members.append(
                 Member(peer_id, member.kv_heads, member.mlp_columns, member.streamed_blocks)
             )
-        except InvalidPlan as error:
-            raise InvalidRequest(f"{where}.members[{idx}]", _reason(error)) from error
     if stage.hub is not None and stage.hub not in called:
         raise InvalidRequest(f"{where}.hub", f"{stage.hub!r} is none of the stage's members")
     members.sort()  # the order of ranks, by peer id: the same however the file lists them
     hub = called[stage.hub] if stage.hub is not None else members[0].peer_id
+    if len(members) > 1 and not any(member.kv_heads or member.mlp_columns for member in members):
+        members = _shared_out(members, world, hub, stage.sum_codec, where)
     hub_idx = [member.peer_id for member in members].index(hub)
-    try:
+    with _named(where):
         made = StagePlan(Span(*stage.span), tuple(members), hub_idx, stage.sum_codec)
-        made.check_shares(layout)
-    except InvalidPlan as error:
-        raise InvalidRequest(where, _reason(error)) from error
+        made.check_shares(world.layout)
     return made
+
+
+def _shared_out(
+    members: Sequence[Member], world: World, hub: str, sum_codec: str, where: str
+) -> list[Member]:
+    """The members with the shares that the planner would give them."""
+    devices = [world.devices.get(member.peer_id) for member in members]
+    term = None
+    if sum_codec in SUM_CODECS and all(devices):
+        known = [device for device in devices if device is not None]
+        network = Network(world.links)
+        term = group_term(world.layout, known, network, world.request, hub=hub, sum_codec=sum_codec)
+    if term is None:
+        raise InvalidRequest(where, "give the group's shares: none follow from what is measured")
+    return [
+        replace(shared, streamed_blocks=member.streamed_blocks)
+        for shared, member in zip(term.members, members, strict=True)
+    ]
+
+
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Let errors of the planner name the part of the JSON they are about."""
+    try:
+        yield
+    except InvalidPlan as error:
+        raise InvalidRequest(where, str(error).removeprefix("plan.")) from error
 
 
 def _stage_value(stage: StagePlan, names: Mapping[str, str] | None) -> dict[str, Any]:
@@ -276,8 +268,3 @@ def _hub_name(stage: StagePlan, names: Mapping[str, str]) -> str:
     called = [names.get(peer_id) for peer_id in stage.peers]
     name = names.get(stage.hub)
     return name if name is not None and called.count(name) == 1 else stage.hub
-
-
-def _reason(error: InvalidPlan) -> str:
-    """An error of the planner's without the "plan." that the place already says."""
-    return str(error).removeprefix("plan.")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from covey.partition.errors import PartitionError
+from covey.partition.evaluate import World
 from covey.partition.plan import LayerPlan, PlanLimits
 from covey.partition.profile import DeviceProfile, LinkProfile, Workload
 from covey.partition.search import Front
@@ -43,9 +44,8 @@ class Outlook:
 
     model: LocalModel
     state: ModelState
-    devices: Mapping[str, DeviceProfile]  # of live members that run it on our engine
-    front: Front | PartitionError  # what they and the links lead to, or why there is none
-    workload: Workload
+    world: World
+    front: Front | PartitionError  # what the world leads to, or why it leads nowhere
     active: Route | None
     why_not: str  # no plan is active, if none is
     pinned: Pinned | None
@@ -74,13 +74,16 @@ def read_state(views: Views, model_digest: str, n_blocks: int) -> ModelState:
     return ModelState(devices, tuple(links), tuple(plans), ready, pin)
 
 
-def usable(model: LocalModel, state: ModelState, live: Collection[str]) -> dict[str, DeviceProfile]:
-    """The live members that run the model on our engine: a plan has one."""
-    return {
+def world_of(
+    model: LocalModel, state: ModelState, live: Collection[str], workload: Workload
+) -> World:
+    """What can be planned with: the live members that run the model on our engine."""
+    devices = {
         peer: device
         for peer, device in state.devices.items()
         if peer in live and device.engine == model.engine
     }
+    return World(layout=model.layout, devices=devices, links=state.links, request=workload)
 
 
 def device_record(profiles: Mapping[str, DeviceProfile]) -> ProfileRecord:

@@ -12,9 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from covey.cli.child import NodeProcess, wait_for
 
+from . import namespaces
 from .asker import Asker
 from .devices import DEVICES, Device
 from .lab import Lab
@@ -38,6 +40,7 @@ class Member:
     link: str  # of PRESETS
     memory: int | None = None  # bytes for weights and KV cache; what the device has if left out
     max_blocks: int | None = None
+    scale: float = SCALE
 
     @property
     def device(self) -> Device:
@@ -47,7 +50,7 @@ class Member:
     @property
     def speed(self) -> float:
         """Share of this machine's speed."""
-        return SCALE * self.device.speed
+        return self.scale * self.device.speed
 
     @property
     def memory_bytes(self) -> int:
@@ -57,7 +60,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """A swarm that runs: everything by the names of its hosts, the founder's first."""
+    """A swarm that runs: everything by the names of its nodes, the founder's first."""
 
     model: str
     members: Mapping[str, Member]
@@ -67,8 +70,8 @@ class Fleet:
 
     @property
     def founder(self) -> str:
-        """The host of the first node."""
-        return next(iter(self.members))
+        """The name of the first node."""
+        return next(iter(self.nodes))
 
     def check(self) -> None:
         """Raise LabBroken if a node has ended."""
@@ -101,7 +104,7 @@ def running_fleet(
     folder: Path,
     *,
     options: Sequence[str] = (),
-    has_own_caches: bool = False,
+    n_sessions: int = SESSIONS,
 ) -> Iterator[Fleet]:
     """A lab and a node for each member, all of them measured.
 
@@ -111,7 +114,7 @@ def running_fleet(
         model: what they call it then.
         folder: for homes and logs, on disk.
         options: of every node, besides.
-        has_own_caches: each packs the weights for itself, as memory limits need it.
+        n_sessions: texts that may be asked for at once, at each of them.
 
     Raises:
         LabBroken, LabUnavailable, CoveyError: it does not come up.
@@ -122,29 +125,90 @@ def running_fleet(
     with ExitStack() as stack:
         lab = stack.enter_context(Lab(topology(members)))
         fleet = Fleet(model, members)
-        invite = ""
         for name, member in members.items():
-            machine = Machine(lab.machines[name], folder / name, has_own_caches)
-            machine.folder.mkdir(parents=True)
-            words = ("join", invite, "--model", source) if invite else ("up", source)
-            node = machine.start(*words, *_options(member), *options, max_blocks=member.max_blocks)
-            stack.enter_context(node)
-            facts = node.facts
-            invite = invite or facts["invite"]
-            fleet.machines[name], fleet.nodes[name] = machine, node
-            wait_for(
-                lambda home=machine.home: (home / "profile.json").exists(),  # type: ignore[misc]
-                PROFILED_S,
-                f"{name} does not measure itself",
-            )
-        for name, machine in fleet.machines.items():
-            asker = Asker(machine, model, n_threads=SESSIONS, seed=secrets.randbits(32))
-            fleet.askers[name] = stack.enter_context(asker)
+            machine = Machine(lab.machines[name], folder / name, has_own_caches=False)
+            words = [*_options(member), *options]
+            _start(fleet, stack, machine, source, words, max_blocks=member.max_blocks)
+        _go_and_ask(fleet, stack, n_sessions)
         yield fleet
+
+
+@contextmanager
+def running_on_one_host(
+    names: Sequence[str],
+    source: str,
+    model: str,
+    folder: Path,
+    *,
+    options: Sequence[str] = (),
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[Fleet]:
+    """Nodes of one machine, at its full speed, that reach each other over its loopback.
+
+    Args:
+        names: of the nodes; the first one founds.
+        source: what all of them serve: a name, or a file.
+        model: what they call it then.
+        folder: for homes and logs, on disk.
+        options: of every node, besides.
+        environment: of every node, besides.
+
+    Raises:
+        LabUnavailable, CoveyError: it does not come up.
+    """
+    with ExitStack() as stack:
+        hosts = namespaces.create(["local"])
+        stack.callback(namespaces.remove, hosts)
+        fleet = Fleet(model, {})
+        for name in names:
+            machine = Machine(
+                hosts["local"],
+                folder / name,
+                has_own_caches=False,
+                own_name=name,
+                own_environment=environment,
+            )
+            words = ("--host", "127.0.0.1", "--api-port", "0", *_QUIET, *options)
+            _start(fleet, stack, machine, source, words)
+        _go_and_ask(fleet, stack, n_sessions=1)
+        yield fleet
+
+
+_QUIET = ("--no-mdns", "--no-map-port")
+
+
+def _start(
+    fleet: Fleet,
+    stack: ExitStack,
+    machine: Machine,
+    source: str,
+    options: Sequence[str],
+    *,
+    max_blocks: int | None = None,
+) -> None:
+    """Start a node and wait until it has measured itself, so that nobody disturbs it."""
+    machine.folder.mkdir(parents=True)
+    if fleet.nodes:
+        invite = fleet.nodes[fleet.founder].facts["invite"]
+        words = ["join", invite, "--model", source]
+    else:
+        words = ["up", source]
+    node = machine.start(*words, *options, max_blocks=max_blocks)
+    stack.enter_context(node)
+    fleet.machines[machine.name], fleet.nodes[machine.name] = machine, node
+    node.wait_until_up()
+    profile = machine.home / "profile.json"
+    wait_for(profile.exists, PROFILED_S, f"{machine.name} does not measure itself")
+
+
+def _go_and_ask(fleet: Fleet, stack: ExitStack, n_sessions: int) -> None:
+    for name, machine in fleet.machines.items():
+        asker = Asker(machine, fleet.model, n_threads=n_sessions, seed=secrets.randbits(32))
+        fleet.askers[name] = stack.enter_context(asker)
 
 
 def _options(member: Member) -> list[str]:
     return [
-        *("--no-mdns", "--no-map-port", "--threads", "1", "--context", str(CONTEXT)),
+        *(*_QUIET, "--threads", "1", "--context", str(CONTEXT)),
         *("--speed", f"{member.speed:g}", "--memory", str(member.memory_bytes)),
     ]

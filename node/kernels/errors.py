@@ -17,3 +17,17 @@ class KernelFailed(EngineError):
         super().__init__(f"{function} {cause}")
         self.function = function
         self.status = status
+
+
+class CannotStream(EngineError):
+    """Packed weights cannot be kept on disk to be read from there: make room, or plan without."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"weights cannot be streamed from disk: {reason}")
+
+
+class WeightsUnreadable(EngineError):
+    """The disk did not give a block that is streamed; the same step may be tried again."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"weights cannot be read from disk: {reason}")

@@ -6,7 +6,6 @@ Each half of a block is one call; what the calls of a step have in common is mad
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -31,14 +30,18 @@ from covey.node.engine.stage import Step
 from covey.node.engine.tensors import EngineDtype, HiddenStates, Quantization
 from covey.node.model.checkpoint import Checkpoint
 from covey.node.model.config import ModelConfig
+from covey.node.model.tensor_source import TensorSlice
 
+from .block_source import BlockSource, describer, load_blocks
 from .library import Engine, Floats, PageTable, SpanCall, load_library
 from .native_stage import KEPT_BYTES, KvDtype, kernel_shape
 from .packed import PackedBlock, Packer
 from .packed_cache import PackedCache
+from .packed_file import ColdBlock
 from .ropes import SpanRopes
 from .sessions import PagedSession, PagedSessions
-from .structures import Block, KvType, Parts, Shape
+from .structures import KvType, Parts, Shape
+from .window import StreamFacts
 
 Held: TypeAlias = PagedSession | SessionLength
 
@@ -56,6 +59,7 @@ def load_native_shard(
     kept_bytes: int = KEPT_BYTES,
     cache: PackedCache | None = None,
     quantize: Quantization | None = None,
+    streamed_blocks: int = 0,
 ) -> NativeShard:
     """Read and pack what `cut` has of the blocks of `span`, and nothing else of the model.
 
@@ -64,7 +68,7 @@ def load_native_shard(
 
     Raises:
         ValueError: not a span or a slice of this model, or it cuts blocks of quantised numbers.
-        KernelsUnavailable, UnsupportedModel, CorruptModel: see `load_native_stage`.
+        KernelsUnavailable, UnsupportedModel, CorruptModel, CannotStream: see `load_native_stage`.
     """
     start, end = span
     config = checkpoint.config
@@ -75,16 +79,20 @@ def load_native_shard(
     packer = Packer(engine.library, quantize)
     shape = kernel_shape(slice_config(config, cut), KvType[kv_dtype.upper()])
     name = "" if cut == whole_slice(config) else slice_name(cut)  # the whole is a stage's too
-    blocks = []
-    for block_idx in range(start, end):
-        parts = cut_block(checkpoint.block_parts(block_idx), config, cut, packer.block_columns)
-        blocks.append(
-            packer.pack(checkpoint, parts)
-            if cache is None
-            else cache.load(packer, checkpoint, f"block.{block_idx}", parts, name)
-        )
-        if on_block:
-            on_block(len(blocks), end - start)
+
+    def parts_of(block_idx: int) -> dict[str, TensorSlice]:
+        return cut_block(checkpoint.block_parts(block_idx), config, cut, packer.block_columns)
+
+    blocks = load_blocks(
+        packer,
+        checkpoint,
+        span,
+        parts_of,
+        on_block,
+        cache=cache,
+        part=name,
+        streamed_blocks=streamed_blocks,
+    )
     return NativeShard(
         config, span, cut, shape, blocks, engine, kv_bytes=kv_bytes, kept_bytes=kept_bytes
     )
@@ -117,7 +125,7 @@ class NativeShard:
         span: tuple[int, int],
         cut: Slice,
         shape: Shape,
-        blocks: Sequence[PackedBlock],
+        blocks: Sequence[PackedBlock | ColdBlock],
         engine: Engine,
         *,
         kv_bytes: int | None,
@@ -127,19 +135,11 @@ class NativeShard:
         self.slice = cut
         self.dtype: EngineDtype = "fp32"
         self.hidden_size = config.hidden_size
-        self.weight_bytes = sum(block.buffer.nbytes for block in blocks)
         self.kv_bytes_per_token = 0
         self._shape = shape
-        self._blocks = blocks  # keeps alive what `_described` points to
         self._ropes = SpanRopes(config, span)
-        self._described: list[ctypes.Array[Block]] = [
-            (Block * 1)(
-                block.describe(
-                    engine.library, window=config.window(idx), rope=self._ropes.index_of(idx)
-                )
-            )
-            for idx, block in enumerate(blocks, span[0])
-        ]
+        self._blocks = BlockSource(blocks, describer(engine.library, config, span, self._ropes))
+        self.weight_bytes = self._blocks.memory_bytes
         self._engine = engine
         self._paged: PagedSessions | None = None
         if has_heads(cut):
@@ -150,6 +150,16 @@ class NativeShard:
         sessions: Any = self._paged or SessionLengths(config)
         self._steps: GroupSteps[Held] = GroupSteps(sessions, self.dtype, self.hidden_size)
         self._pass: _Pass | None = None
+
+    @property
+    def streaming(self) -> StreamFacts | None:
+        """What was read from disk for steps, and waited for; None if all blocks are in memory."""
+        return self._blocks.facts
+
+    @property
+    def stall_s(self) -> float:
+        """Seconds that steps have waited for the disk, in all."""
+        return facts.stall_s if (facts := self.streaming) else 0.0
 
     @property
     def memory_bytes(self) -> int:
@@ -175,9 +185,10 @@ class NativeShard:
         place, step = self._place(block_idx, hidden)
         if not has_heads(self.slice):
             return None
+        block = self._blocks.take(place)
         for rows in step.attention:
             rows.hidden[:] = hidden if rows.places is None else hidden[rows.places]
-            rows.call.run(self._described[place], Parts.ATTENTION | Parts.PARTIAL, place)
+            rows.call.run(block, Parts.ATTENTION | Parts.PARTIAL, place)
             if rows.places is not None:
                 step.out[rows.places] = rows.hidden
         return step.out
@@ -187,15 +198,19 @@ class NativeShard:
         place, step = self._place(block_idx, hidden)
         if block_idx == self.span[1] - 1:
             self._steps.note(hidden)
-        if not has_columns(self.slice):
-            return None
-        step.out[:] = hidden
-        step.mlp.run(self._described[place], Parts.MLP | Parts.PARTIAL, place)
-        return step.out
+        try:
+            if not has_columns(self.slice):
+                return None
+            step.out[:] = hidden
+            step.mlp.run(self._blocks.take(place), Parts.MLP | Parts.PARTIAL, place)
+            return step.out
+        finally:
+            self._blocks.release()  # while others are waited for, the next block comes in
 
     def end(self, *, is_done: bool) -> None:
         """See `Shard.end`."""
         self._pass = None
+        self._blocks.release()
         self._steps.end(is_done=is_done)
 
     def _place(self, block_idx: int, hidden: HiddenStates) -> tuple[int, _Pass]:
@@ -240,5 +255,5 @@ class NativeShard:
         runs = [(table, each.start, each.n_rows) for table, each in rows]
         ropes = self._ropes.upto(max(each.end for _, each in rows), is_long=is_long)
         return SpanCall(
-            self._engine, self._shape, runs, ropes, hidden, page_blocks=len(self._blocks)
+            self._engine, self._shape, runs, ropes, hidden, page_blocks=self.span[1] - self.span[0]
         )

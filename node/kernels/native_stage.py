@@ -7,7 +7,6 @@ the prompt, on what else is in a batch, on shared pages or on the instruction se
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -20,12 +19,16 @@ from covey.node.model.checkpoint import Checkpoint
 from covey.node.model.config import ModelConfig
 from covey.node.model.errors import UnsupportedModel
 
-from .library import Engine, load_library
+from .block_source import BlockSource, describer, load_blocks
+from .errors import WeightsUnreadable
+from .library import Engine, SpanCall, load_library
 from .packed import PackedBlock, Packer
 from .packed_cache import PackedCache
+from .packed_file import ColdBlock
 from .ropes import SpanRopes
 from .sessions import PagedSession, PagedSessions
-from .structures import Activation, Block, KvType, Shape
+from .structures import Activation, KvType, Parts, Shape
+from .window import StreamFacts
 
 KvDtype = Literal["fp16", "int8"]
 KV_ITEMSIZE = 2  # fp16, what nodes use
@@ -44,6 +47,7 @@ def load_native_stage(
     kept_bytes: int = KEPT_BYTES,
     cache: PackedCache | None = None,
     quantize: Quantization | None = None,
+    streamed_blocks: int = 0,
 ) -> NativeStage:
     """Read and pack the blocks of `span`, and nothing else of the model.
 
@@ -58,12 +62,15 @@ def load_native_stage(
         kept_bytes: of it, what ended sessions may leave behind for others that begin alike.
         cache: where packed blocks are kept on disk; by default they are packed into memory.
         quantize: what float matrices become; by default they stay as they are.
+        streamed_blocks: how many blocks are read from disk for each step, see `fewest_streamed`;
+            for this there must be a cache.
 
     Raises:
-        ValueError: not a span of this model.
+        ValueError: not a span of this model, or not so many blocks to stream.
         KernelsUnavailable: no library.
         UnsupportedModel: a shape or tensor type that the kernels do not have; torch may.
         CorruptModel: see `Packer.pack`; or with `cache` a block is not what it was.
+        CannotStream: the disk has no room for packed blocks.
     """
     start, end = span
     if not 0 <= start < end <= checkpoint.config.n_blocks:
@@ -71,16 +78,15 @@ def load_native_stage(
     engine = engine or Engine(load_library(), threads)
     packer = Packer(engine.library, quantize)
     shape = kernel_shape(checkpoint.config, KvType[kv_dtype.upper()])
-    blocks = []
-    for block_idx in range(start, end):
-        parts = checkpoint.block_parts(block_idx)
-        blocks.append(
-            packer.pack(checkpoint, parts)
-            if cache is None
-            else cache.load(packer, checkpoint, f"block.{block_idx}", parts)
-        )
-        if on_block:
-            on_block(len(blocks), end - start)
+    blocks = load_blocks(
+        packer,
+        checkpoint,
+        span,
+        checkpoint.block_parts,
+        on_block,
+        cache=cache,
+        streamed_blocks=streamed_blocks,
+    )
     return NativeStage(
         checkpoint.config, span, shape, blocks, engine, kv_bytes=kv_bytes, kept_bytes=kept_bytes
     )
@@ -94,7 +100,7 @@ class NativeStage:
         config: ModelConfig,
         span: tuple[int, int],
         shape: Shape,
-        blocks: Sequence[PackedBlock],
+        blocks: Sequence[PackedBlock | ColdBlock],
         engine: Engine,
         *,
         kv_bytes: int | None,
@@ -103,27 +109,30 @@ class NativeStage:
         self.span = span
         self.dtype: EngineDtype = "fp32"
         self.hidden_size = config.hidden_size
-        self.weight_bytes = sum(block.buffer.nbytes for block in blocks)
         self._shape = shape
-        self._blocks = blocks  # keeps alive what `_described` points to
         self._ropes = SpanRopes(config, span)
-        described = [
-            block.describe(
-                engine.library, window=config.window(idx), rope=self._ropes.index_of(idx)
-            )
-            for idx, block in enumerate(blocks, span[0])
-        ]
-        self._described: ctypes.Array[Block] = (Block * len(blocks))(*described)
+        self._blocks = BlockSource(blocks, describer(engine.library, config, span, self._ropes))
+        self.weight_bytes = self._blocks.memory_bytes
         self._engine = engine
         self._sessions = PagedSessions(
             config,
             engine.library,
             shape,
-            len(blocks),
+            span[1] - span[0],
             kv_bytes=kv_bytes,
             kept_bytes=kept_bytes,
         )
         self.kv_bytes_per_token = self._sessions.bytes_per_token
+
+    @property
+    def streaming(self) -> StreamFacts | None:
+        """What was read from disk for steps, and waited for; None if all blocks are in memory."""
+        return self._blocks.facts
+
+    @property
+    def stall_s(self) -> float:
+        """Seconds that steps have waited for the disk, in all."""
+        return facts.stall_s if (facts := self.streaming) else 0.0
 
     @property
     def memory_bytes(self) -> int:
@@ -185,7 +194,14 @@ class NativeStage:
         runs = [(held.table, step.position, len(step.hidden)) for step, held in ready.values()]
         end = max(position + n_rows for _, position, n_rows in runs)
         ropes = self._ropes.upto(end, is_long=is_long)
-        self._engine.span_forward(self._shape, self._described, runs, ropes, out)
+        n_blocks = self.span[1] - self.span[0]
+        call = SpanCall(self._engine, self._shape, runs, ropes, out, page_blocks=n_blocks)
+        try:
+            for first, blocks in self._blocks:
+                call.run(blocks, Parts.BLOCK, first)
+        except WeightsUnreadable as error:
+            results.update(dict.fromkeys(ready, error))
+            return
         at = 0
         for i, (step, held) in ready.items():
             results[i] = self._finish(step, held, out[at : at + len(step.hidden)])

@@ -7,7 +7,7 @@ infinite, are refused here, before a kernel sees them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -26,8 +26,10 @@ from .quantize import quantize_matrix
 from .structures import Block, Matrix
 
 ALIGNMENT = 64
+GROUP_ROWS = 16  # of a packed matrix, that lie together; the groups follow one another
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # with experts "gate.0" and so on
 ENDS = ("embedding", "output")
+_PIECE_BYTES = 1 << 23  # of a file's tensor, packed at once
 _FLOAT_TYPES = ("F32", "F16", "BF16")  # of what is kept as float32: norms, biases, routers
 
 
@@ -154,6 +156,32 @@ class Packer:
         for name, values in block.floats.items():
             values[:] = checkpoint.read(parts[name])
         return block
+
+    def pieces(self, checkpoint: Checkpoint, parts: Mapping[str, TensorSlice]) -> Iterator[Bytes]:
+        """The same, byte for byte, a few megabytes at a time: for what is larger than memory.
+
+        Raises:
+            UnsupportedModel, CorruptModel: see `pack`, whenever the next piece is asked for.
+        """
+        for name, part in parts.items():
+            if is_matrix(name):
+                yield from self._matrix_pieces(checkpoint, name, part)
+            else:
+                yield checkpoint.read(part).reshape(-1).view(np.uint8)
+            size = self._part_bytes(name, part)
+            yield np.zeros(_aligned(size) - size, dtype=np.uint8)
+
+    def _matrix_pieces(
+        self, checkpoint: Checkpoint, name: str, part: TensorSlice
+    ) -> Iterator[Bytes]:
+        kind, (n_rows, columns) = self.matrix_type(name, part), part.info.shape
+        step = max(_PIECE_BYTES * n_rows // part.info.nbytes // GROUP_ROWS, 1) * GROUP_ROWS
+        for first in range(0, n_rows, step):
+            rows = part.rows(first, min(first + step, n_rows))
+            packed = np.empty(self._part_bytes(name, rows), dtype=np.uint8)
+            blocks = _read_matrix(checkpoint, rows, kind)
+            self.library.pack(kind, rows.info.shape[0], columns, blocks, packed)
+            yield packed
 
     def _part_bytes(self, name: str, part: TensorSlice) -> int:
         if is_matrix(name):

@@ -8,27 +8,23 @@ and ends with its own SHA-256, so that a damaged one is made anew.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import mmap
-import os
 from collections.abc import Mapping
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import platformdirs
 
 from covey.node.model.checkpoint import Checkpoint
 from covey.node.model.tensor_source import TensorSlice
 
-from .library import Bytes
+from .errors import CannotStream
 from .packed import PackedBlock, Packer
+from .packed_file import ColdBlock, map_packed, open_packed, write_packed
 
 logger = logging.getLogger(__name__)
 
 LAYOUT_VERSION = 1  # raise it when the kernels' layout of a format or a quantiser changes
-_DIGEST_BYTES = 32
 
 
 class PackedCache:
@@ -56,50 +52,57 @@ class PackedCache:
             CorruptModel: see `Packer.pack`; or the blob is not what it was.
         """
         size = packer.block_bytes(parts)
-        sha256 = next(each.sha256 for each in checkpoint.blobs() if each.name == blob)
-        quantized = f".{packer.quantize}" if packer.changes(parts) else ""
-        cut = f".{part}" if part else ""
-        path = self._folder / f"{sha256}.{LAYOUT_VERSION}{quantized}{cut}"
-        buffer = _mapped(path, size)
+        path = self._path(packer, checkpoint, blob, parts, part)
+        buffer = map_packed(path, size)
         if buffer is not None:
             return packer.view(parts, buffer)
         checkpoint.verify_blob(blob)
         block = packer.pack(checkpoint, parts)
         try:
-            _write(path, block.buffer)
+            write_packed(path, [block.buffer])
         except OSError as error:
             logger.warning("packed weights stay in memory: %s: %s", path, error.strerror)
             return block
-        buffer = _mapped(path, size)
+        buffer = map_packed(path, size)
         return block if buffer is None else packer.view(parts, buffer)
 
+    def open(
+        self,
+        packer: Packer,
+        checkpoint: Checkpoint,
+        blob: str,
+        parts: Mapping[str, TensorSlice],
+        part: str = "",
+    ) -> ColdBlock:
+        """The same, left on disk: it is checked, packed and written with little memory.
 
-def _mapped(path: Path, size: int) -> Bytes | None:
-    """The content of a whole and undamaged file of `size` bytes and a digest, else None."""
-    try:
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size != size + _DIGEST_BYTES:
-                return None
-            data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    except (OSError, ValueError):
-        return None
-    buffer = data[:size]
-    if hashlib.sha256(buffer.data).digest() != data[size:].tobytes():
-        logger.warning("packed weights in %s are damaged; they are made anew", path)
-        return None
-    return buffer
+        Raises:
+            UnsupportedModel, CorruptModel: see `load`.
+            CannotStream: the disk has no room for it.
+        """
+        size = packer.block_bytes(parts)
+        path = self._path(packer, checkpoint, blob, parts, part)
+        file = open_packed(path, size)
+        if file is None:
+            checkpoint.verify_blob(blob)
+            try:
+                write_packed(path, packer.pieces(checkpoint, parts), is_cold=True)
+            except OSError as error:
+                raise CannotStream(f"{path}: {error.strerror or error}") from error
+            file = open_packed(path, size)
+        if file is None:
+            raise CannotStream(f"{path}: cannot be read as it was written")
+        return ColdBlock(file, size, partial(packer.view, parts))
 
-
-def _write(path: Path, buffer: Bytes) -> None:
-    """Put a file there whole or not at all; raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with half.open("wb") as file:
-            file.write(buffer.data)
-            file.write(hashlib.sha256(buffer.data).digest())
-        half.replace(path)
-    except OSError:
-        with suppress(OSError):
-            half.unlink()
-        raise
+    def _path(
+        self,
+        packer: Packer,
+        checkpoint: Checkpoint,
+        blob: str,
+        parts: Mapping[str, TensorSlice],
+        part: str,
+    ) -> Path:
+        sha256 = next(each.sha256 for each in checkpoint.blobs() if each.name == blob)
+        quantized = f".{packer.quantize}" if packer.changes(parts) else ""
+        cut = f".{part}" if part else ""
+        return self._folder / f"{sha256}.{LAYOUT_VERSION}{quantized}{cut}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +17,9 @@ from covey.node.pins import (
     read_pipelines,
     why_infeasible,
 )
+from covey.partition.evaluate import World
 from covey.partition.plan import Member, Pipeline, Span, StagePlan
-from covey.partition.profile import ModelLayout, Workload
+from covey.partition.profile import DeviceProfile, LinkProfile, ModelLayout, Workload
 from covey.store.schema import MAX_VERSION, Pin
 from covey.store.views import Views
 from support.plans import device, layout, link, stages
@@ -26,6 +28,17 @@ from support.swarm_keys import replica_of
 NAMES = {"alice": "attic", "bob": "barn", "carol": "cellar", "dave": "cellar"}
 LAYOUT = layout(4)
 SPLIT = replace(LAYOUT, n_kv_heads=3, mlp_columns=96)
+
+
+def world(
+    of: ModelLayout = LAYOUT,
+    devices: Iterable[DeviceProfile] = (),
+    links: Sequence[LinkProfile] = (),
+) -> World:
+    by_peer = {one.peer_id: one for one in devices}
+    return World(layout=of, devices=by_peer, links=tuple(links), request=Workload())
+
+
 CHAIN = (Pipeline.of(stages(("alice", 0, 1), ("bob", 1, 4))),)
 GROUP = (
     Pipeline.of(
@@ -61,11 +74,11 @@ def test_what_is_shown_of_a_plan_can_be_given_back(
     pipelines: tuple[Pipeline, ...], of: ModelLayout, names: dict[str, str] | None
 ) -> None:
     text = json.dumps(pipelines_value(pipelines, names))
-    assert read_pipelines(json.loads(text), of, find) == pipelines
+    assert read_pipelines(json.loads(text), world(of), find) == pipelines
 
 
 def test_a_name_is_enough() -> None:
-    assert read_pipelines(asked(alone("attic", 0, 1), alone("barn", 1, 4)), LAYOUT, find) == CHAIN
+    assert read_pipelines(asked(alone("attic", 0, 1), alone("barn", 1, 4)), world(), find) == CHAIN
 
 
 def test_members_of_a_group_may_be_listed_in_any_order() -> None:
@@ -74,7 +87,7 @@ def test_members_of_a_group_may_be_listed_in_any_order() -> None:
         {"name": "attic", "kv_heads": 1, "mlp_columns": 32},
     ]
     value = asked({"span": [0, 4], "members": members, "hub": "barn"})
-    (pipeline,) = read_pipelines(value, SPLIT, find)
+    (pipeline,) = read_pipelines(value, world(SPLIT), find)
     assert pipeline.stages[0].peers == ("alice", "bob")
     assert pipeline.stages[0].hub == "bob"
 
@@ -125,16 +138,29 @@ def test_what_is_wrong_with_a_plan_is_named_in_one_line(
     value: object, field: str, why: str
 ) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        read_pipelines(value, LAYOUT, find)
+        read_pipelines(value, world(), find)
     assert caught.value.field == field
     assert why in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
+def test_what_is_left_open_is_as_the_planner_would_have_it() -> None:
+    here = world(SPLIT, [device("alice"), device("bob")], [link("alice", "bob", rtt_s=1e-5)])
+    members = [{"name": "attic"}, {"name": "barn"}]
+    value = asked({"span": [0, 4], "members": members, "hub": "barn"})
+    (pipeline,) = read_pipelines(value, here, find)
+    assert sum(member.kv_heads for member in pipeline.stages[0].members) == 3
+    assert pipeline.stages[0].hub == "bob"
+    slow = world(LAYOUT, here.devices.values(), [link("alice", "bob", bandwidth=1e4)])
+    (pipeline,) = read_pipelines(asked(alone("attic", 0, 1), alone("barn", 1, 4)), slow, find)
+    assert pipeline.codecs[0] == "exact"
+    assert "exact" not in pipeline.codecs[1:]
+
+
 def test_shares_of_a_group_must_be_all_of_a_block() -> None:
     members = [{"name": "attic", "kv_heads": 1}, {"name": "barn", "mlp_columns": 96}]
     with pytest.raises(InvalidRequest, match="3 KV heads"):
-        read_pipelines(asked({"span": [0, 4], "members": members}), SPLIT, find)
+        read_pipelines(asked({"span": [0, 4], "members": members}), world(SPLIT), find)
 
 
 def test_the_newest_pin_counts_whoever_made_it() -> None:
@@ -169,8 +195,7 @@ def test_a_pin_after_the_last_version_there_is_does_not_fail() -> None:
     ],
 )
 def test_a_pin_that_cannot_run_says_why(devices: list[Any], why: str) -> None:
-    by_peer = {one.peer_id: one for one in devices}
-    assert why in (why_infeasible(CHAIN, LAYOUT, by_peer) or "")
+    assert why in (why_infeasible(CHAIN, world(devices=devices)) or "")
     state = _pinned(devices)
     assert state is not None
     assert state.candidate is None
@@ -178,7 +203,7 @@ def test_a_pin_that_cannot_run_says_why(devices: list[Any], why: str) -> None:
 
 
 def test_a_pin_without_a_link_cannot_run() -> None:
-    state = _pinned([device("alice"), device("bob")], links=False)
+    state = _pinned([device("alice"), device("bob")], has_link=False)
     assert state is not None
     assert "no measured link joins" in (state.why_not or "")
 
@@ -199,17 +224,12 @@ def test_a_pin_that_is_no_plan_pins_nothing(plan: dict[str, Any]) -> None:
     replica.set(pin.key, pin.to_value())
     entry = Views(replica).newest_pin("0f" * 32)
     assert entry is not None
-    assert pinned(entry, LAYOUT, {}, [], Workload()) is None
+    assert pinned(entry, world()) is None
 
 
-def _pinned(devices: list[Any], *, links: bool = True) -> Any:
+def _pinned(devices: list[Any], *, has_link: bool = True) -> Any:
     replica = replica_of("alice")
     pin = next_pin(Views(replica), "0f" * 32, CHAIN, at=7.0)
     replica.set(pin.key, pin.to_value())
-    return pinned(
-        Views(replica).newest_pin("0f" * 32),
-        LAYOUT,
-        {one.peer_id: one for one in devices},
-        [link("alice", "bob")] if links else [],
-        Workload(),
-    )
+    links = [link("alice", "bob")] if has_link else []
+    return pinned(Views(replica).newest_pin("0f" * 32), world(LAYOUT, devices, links))
