@@ -142,8 +142,8 @@ def test_partial_sums_of_a_long_chunk_go_round_a_ring() -> None:
     assert ring.chunk_s == pytest.approx(2 * 4 / 3 * 1.28, rel=0.01)
 
 
-def staged(members: Sequence[Member], **more: int) -> StagePlan:
-    return StagePlan(Span(0, 4), tuple(members), **more)
+def staged(members: Sequence[Member], *, hub_idx: int = 0) -> StagePlan:
+    return StagePlan(Span(0, 4), tuple(members), hub_idx)
 
 
 def test_a_plans_group_is_priced_with_the_shares_it_has() -> None:
