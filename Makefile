@@ -8,7 +8,8 @@ READY = $(VENV)/.ready
 KERNELS = $(VENV)/.kernels
 
 .PHONY: setup demo test test-lab test-arm lint format fuzz soak build clean \
-    lab lab-nat lab-paths lab-swarm lab-links bench-pipeline bench-transport bench-engine
+    lab lab-nat lab-paths lab-swarm lab-links lab-plan lab-groups lab-tpi bench-pipeline bench-transport bench-engine \
+    bench-codecs
 
 MODEL ?= smollm2
 
@@ -89,6 +90,19 @@ lab-swarm: $(KERNELS)
 lab-links: $(KERNELS)
 	$(BIN)/python -m testbed links
 
+# Twenty mixes of devices and links: what plans were predicted to do, what they do, and what other
+# systems' rules would have made of the same machines. About 25 minutes, on a quiet machine.
+lab-plan: $(KERNELS)
+	$(BIN)/python -m testbed plan
+
+# Blocks shared out over two to four devices: speed over one of them, and the same text.
+lab-groups: $(KERNELS)
+	$(BIN)/python -m testbed groups
+
+# TPI-LLM's setting: eight devices on its links, beside disk offload on one.
+lab-tpi: $(KERNELS)
+	$(BIN)/python -m testbed tpi
+
 bench-pipeline: $(KERNELS)
 	$(BIN)/python -m benchmarks.bench_pipeline
 
@@ -99,6 +113,10 @@ bench-transport: $(KERNELS)
 # MODEL=smollm2 or 1b. Builds llama.cpp at first use, to measure against.
 bench-engine: $(KERNELS)
 	$(BIN)/python -m benchmarks.bench_engine --model $(MODEL)
+
+# What the codecs of hidden states lose and save.
+bench-codecs: $(KERNELS)
+	$(BIN)/python -m benchmarks.bench_codecs
 
 build: $(KERNELS)
 	rm -rf dist

@@ -31,7 +31,7 @@ from .lab import Lab
 from .llama_cpp import FORMATS, ensure_build, requantized
 from .nodes import memory, pipeline
 from .rows import report
-from .synthetic import TYPES, synthetic_1b
+from .synthetic import SHAPES, synthetic
 
 Figure = Callable[[Lab], None]
 FIGURES: Mapping[str, Mapping[str, Figure]] = MappingProxyType(
@@ -58,7 +58,10 @@ def _lab(model: str, rounds: int) -> Lab:
     console = Console(stderr=True)
     site = ensure_build("native", console.print)
     if model == "1b":
-        files = {kind: synthetic_1b(kind, console.print) for kind in TYPES}
+        files = {
+            kind: synthetic(SHAPES["llama-3.2-1b"], kind, console.print)
+            for kind in ("Q4_K", "Q8_0")
+        }
     else:
         shipped = resolve_model(model)
         files = {"Q4_1": shipped} | {kind: requantized(shipped, kind, site) for kind in FORMATS}

@@ -18,14 +18,17 @@ def local_node(home: Path | None) -> LocalNode:
     return node
 
 
-def local_client(home: Path | None) -> Client:
+def local_client(home: Path | None, *, timeout_s: float = 30.0) -> Client:
     """A client of the node that runs with this home.
 
     Unlike `Client(home=...)` it never starts a node: an invite of one that only lives for this
     command would be worth nothing, and its status says nothing of the swarm.
 
+    Args:
+        timeout_s: how long an answer may take to come; more for what the node has to work out.
+
     Raises:
         NoLocalNode: none runs.
     """
     node = local_node(home)
-    return Client(node.url, api_key=node.key)
+    return Client(node.url, api_key=node.key, timeout=timeout_s)

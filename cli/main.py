@@ -13,7 +13,7 @@ import typer
 
 from covey import CoveyError, __version__
 
-from . import ask, demo, doctor, facts, members, nodes
+from . import ask, demo, doctor, facts, members, nodes, plan
 from .render import err
 
 COMMANDS: tuple[Callable[..., None], ...] = (
@@ -21,7 +21,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     nodes.join,
     ask.run,
     ask.chat,
-    facts.plan,
+    plan.plan,
     facts.status,
     facts.models,
     doctor.doctor,

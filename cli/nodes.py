@@ -289,12 +289,30 @@ async def _serve(config: NodeConfig, how: Start) -> None:
                 loop.add_signal_handler(number, _asked_to_stop, node, number)
             status.stop()
             _announce(node, as_json=how.as_json)
-            await _until_stopped(node, how.exit_with)
+            measuring = asyncio.create_task(_show_measuring(node), name="progress bar")
+            try:
+                await _until_stopped(node, how.exit_with)
+            finally:
+                measuring.cancel()
             err.print("stopping: finishing what runs (again Ctrl-C ends at once)")
     finally:
         status.stop()
     if how.discard_home:
         shutil.rmtree(config.home, ignore_errors=True)
+
+
+async def _show_measuring(node: Node) -> None:
+    """A progress bar while the node measures its machine; only for a person who looks on."""
+    if not err.is_terminal or node.planning.measured_share >= 1.0:
+        return
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    columns = (TextColumn("measuring this machine"), BarColumn())
+    with Progress(*columns, console=err, transient=True) as progress:
+        bar = progress.add_task("", total=1.0)
+        while node.planning.measured_share < 1.0:
+            progress.update(bar, completed=node.planning.measured_share)
+            await asyncio.sleep(0.1)
 
 
 async def _until_stopped(node: Node, parent_pid: int | None) -> None:

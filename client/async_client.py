@@ -34,7 +34,7 @@ from .target import (
     translated,
     without_nones,
 )
-from .types import ChatOptions, Chunk, Generation, Model, SamplingOptions
+from .types import ChatOptions, Chunk, Generation, Model, PlanOptions, SamplingOptions
 
 
 class AsyncClient:
@@ -172,10 +172,33 @@ class AsyncClient:
         """The node, its members, links and sessions; needs the control key, as a local node has."""
         return object_of(await self._call("GET", "/covey/status"))
 
-    async def plan(self, model: str, prefer: str | None = None) -> dict[str, Any]:
-        """The plans of a model and which one is used; needs the control key."""
-        query = without_nones(model=model, prefer=prefer)
+    async def plan(
+        self, model: str, prefer: str | None = None, **options: Unpack[PlanOptions]
+    ) -> dict[str, Any]:
+        """The plans of a model and which one is used; needs the control key.
+
+        Args:
+            prefer: "latency", "throughput" or "balanced"; by default what the node is set to.
+            options: see `PlanOptions`.
+        """
+        query = without_nones(model=model, prefer=prefer, **options)
         return object_of(await self._call("GET", "/covey/plan", params=query))
+
+    async def pin_plan(self, model: str, plan: Mapping[str, Any]) -> dict[str, Any]:
+        """Have the swarm run a plan for as long as it can; needs the control key.
+
+        Args:
+            plan: `{"pipelines": ...}` of a point that `plan` gave, or of your own making.
+
+        Raises:
+            BadRequest: no plan of this model, or one that cannot run; the text says why.
+        """
+        body = {"model": model, "plan": {"pipelines": plan.get("pipelines")}}
+        return object_of(await self._call("POST", "/covey/plan/pin", json=body))
+
+    async def unpin_plan(self, model: str) -> dict[str, Any]:
+        """Let the swarm choose its plan again; needs the control key."""
+        return object_of(await self._call("POST", "/covey/plan/unpin", json={"model": model}))
 
     async def invite(self, *, ttl_s: float = 3600.0, uses: int = 1) -> str:
         """A new invite into the swarm; needs the control key."""

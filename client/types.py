@@ -30,6 +30,18 @@ class ChatOptions(SamplingOptions, total=False):
     chat_template_kwargs: Mapping[str, Any]
 
 
+class PlanOptions(TypedDict, total=False):
+    """Keywords of `plan`: the question that plans are made for, and what else to say of them."""
+
+    max_ttft_s: float  # choose among plans with the first token by then
+    min_throughput: float  # and with so many tokens/s for all sessions together
+    prompt_tokens: int  # of the question that TTFT is predicted for
+    sessions: int  # in flight at once
+    advice: bool  # say what would help most; takes up to some seconds
+    why: str  # a member: why is it left out?
+    what_if: Sequence[str]  # changes of devices and links: ["add=pi5,link=lan"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
     """A piece of text, never empty."""

@@ -12,9 +12,10 @@ from pathlib import Path
 from covey.partition.profile import ModelLayout
 from covey.store.schema import BlobEntry, ModelManifest
 
+from .engine.shard import Shard, Slice
 from .engine.stage import Head, Stage
 from .engine.tensors import HIDDEN_DTYPES, itemsize
-from .engines import Engines, weight_sizes
+from .engines import Engines, split_of_model, weight_sizes
 from .errors import UnknownModel
 from .model.checkpoint import Checkpoint, open_checkpoint
 from .model.resolve import resolve_model, short_names
@@ -80,10 +81,31 @@ class LocalModel:
             streamed_blocks=streamed_blocks,
         )
 
+    def load_shard(
+        self,
+        span: tuple[int, int],
+        cut: Slice,
+        *,
+        on_block: Callable[[int, int], None] | None = None,
+        verify: bool = False,
+        kv_bytes: int | None = None,
+    ) -> Shard:
+        """A member's part of blocks [start, end); see `Engines.load_shard`."""
+        return self._engines.load_shard(
+            self.checkpoint,
+            span,
+            cut,
+            self.engine,
+            on_block=on_block,
+            verify=verify,
+            kv_bytes=kv_bytes,
+        )
+
     @cached_property
     def layout(self) -> ModelLayout:
         """What the planner needs to know of the model, as this engine holds it in memory."""
         config, sizes = self.checkpoint.config, weight_sizes(self.checkpoint, self.engine)
+        split = split_of_model(self.checkpoint, self.engine)
         return ModelLayout(
             digest=self.digest,
             n_blocks=config.n_blocks,
@@ -93,6 +115,10 @@ class LocalModel:
             head_bytes=sizes.head,
             kv_bytes_per_token_per_block=sizes.kv_per_token_per_block,
             wire_bytes_per_token=config.hidden_size * itemsize(HIDDEN_DTYPES[self.engine]),
+            n_kv_heads=split.n_kv_heads if split else 0,
+            mlp_columns=split.mlp_columns if split else 0,
+            mlp_quantum=split.mlp_quantum if split else 32,
+            attention_share=sizes.attention_share,
         )
 
     def manifest(self) -> ModelManifest:

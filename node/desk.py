@@ -6,18 +6,21 @@ the form of the seam. Nothing is decided here.
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from covey.partition.choose import Prefer
 from covey.transport.errors import TransportError
 
 from .doctor import doctor_facts, ping_facts
-from .errors import MemberUnreachable
+from .errors import InvalidRequest, MemberUnreachable
 from .facts import member_facts, model_entries, status_facts
 from .membership import save_invites
-from .service import Event, GenerationRequest, ModelEntry
+from .pins import next_pin, pipelines_value, read_pipelines, why_infeasible
+from .plan_facts import named, plan_facts
+from .plan_questions import question_of
+from .service import Event, GenerationRequest, ModelEntry, PlanQuery
 
 if TYPE_CHECKING:
     from .runtime import Node
@@ -41,9 +44,37 @@ class Desk:
         """See `Service.status`."""
         return status_facts(self._node)
 
-    async def plan(self, model: str, prefer: Prefer | None) -> dict[str, Any]:
+    async def plan(self, query: PlanQuery) -> dict[str, Any]:
         """See `Service.plan`."""
-        return await self._node.planning.facts(self._node.catalog.by_name(model), prefer)
+        node = self._node
+        outlook = await node.planning.outlook(node.catalog.by_name(query.model))
+        question = question_of(node, outlook, query)
+        return await asyncio.to_thread(plan_facts, outlook, question)
+
+    def pin_plan(self, model: str, plan: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Service.pin_plan`."""
+        node = self._node
+        local = node.catalog.by_name(model)
+        world = node.planning.world(local)
+        pipelines = read_pipelines(plan, world, node.members.find)
+        why_not = why_infeasible(pipelines, world)
+        names = {peer: card.name for peer, card in node.views.members().items()}
+        if why_not is not None:
+            raise InvalidRequest("plan", named(why_not, names))
+        pin = next_pin(node.views, local.digest, pipelines, at=time.time())
+        node.replica.set(pin.key, pin.to_value())
+        return {"model": local.name, **pipelines_value(pipelines, names)}
+
+    def unpin_plan(self, model: str) -> dict[str, Any]:
+        """See `Service.unpin_plan`."""
+        node = self._node
+        local = node.catalog.by_name(model)
+        newest = node.views.newest_pin(local.digest)
+        was_pinned = newest is not None and newest.record.plan is not None
+        if was_pinned:
+            pin = next_pin(node.views, local.digest, None, at=time.time())
+            node.replica.set(pin.key, pin.to_value())
+        return {"model": local.name, "was_pinned": was_pinned}
 
     def invite(self, *, ttl_s: float, uses: int) -> str:
         """See `Service.invite`."""

@@ -14,6 +14,8 @@ from typing import Any, Literal, get_args
 
 import psutil
 
+from .engine.shard import Shard, Slice
+from .engine.slices import Split, attention_parts, split_of, stored_columns
 from .engine.stage import Head, Stage
 from .engine.tensors import (
     HIDDEN_DTYPES,
@@ -29,6 +31,7 @@ from .kernels.errors import KernelsUnavailable
 from .kernels.library import Engine as NativeEngine
 from .kernels.library import load_library
 from .kernels.native_head import head_parts, load_native_head
+from .kernels.native_shard import load_native_shard
 from .kernels.native_stage import KV_ITEMSIZE, kernel_shape, load_native_stage
 from .kernels.packed import Packer
 from .kernels.packed_cache import PackedCache
@@ -54,6 +57,7 @@ class WeightSizes:
     embedding: int
     head: int  # without the embedding, which may serve as the output matrix too
     kv_per_token_per_block: int
+    attention_share: float  # of the blocks' bytes
 
 
 class Engines:
@@ -143,6 +147,40 @@ class Engines:
 
         return load_stage(checkpoint, span, HIDDEN_DTYPES[kind], on_block=on_block, verify=verify)
 
+    def load_shard(
+        self,
+        checkpoint: Checkpoint,
+        span: tuple[int, int],
+        cut: Slice,
+        kind: EngineKind,
+        *,
+        on_block: Callable[[int, int], None] | None = None,
+        verify: bool = False,
+        kv_bytes: int | None = None,
+    ) -> Shard:
+        """Read what a member of a group holds of the blocks of `span`; the rest as `load_stage`.
+
+        Raises:
+            ValueError: not a slice of this model, or it cuts blocks of quantised numbers.
+        """
+        if is_native(kind):
+            return load_native_shard(
+                checkpoint,
+                span,
+                cut,
+                engine=self._native,
+                on_block=on_block,
+                cache=self._cache,
+                kv_bytes=kv_bytes,
+                quantize=quantized_as(kind),
+            )
+        self._set_torch_threads()
+        from .engine.torch_shard import load_shard
+
+        return load_shard(
+            checkpoint, span, cut, HIDDEN_DTYPES[kind], on_block=on_block, verify=verify
+        )
+
     def load_head(self, checkpoint: Checkpoint, kind: EngineKind) -> Head:
         """Read embedding, final norm and output matrix."""
         if is_native(kind):
@@ -212,11 +250,12 @@ def weight_sizes(checkpoint: Checkpoint, kind: EngineKind) -> WeightSizes:
     config = checkpoint.config
     if is_native(kind):
         packer, ends = Packer(load_library(), quantized_as(kind)), head_parts(checkpoint)
+        parts = [checkpoint.block_parts(block_idx) for block_idx in range(config.n_blocks)]
+        blocks = tuple(map(packer.block_bytes, parts))
+        attention = sum(packer.block_bytes(attention_parts(each)) for each in parts)
         return WeightSizes(
-            blocks=tuple(
-                packer.block_bytes(checkpoint.block_parts(block_idx))
-                for block_idx in range(config.n_blocks)
-            ),
+            blocks=blocks,
+            attention_share=attention / sum(blocks),
             embedding=packer.block_bytes(ends["embedding"]),
             head=packer.block_bytes(ends["head"]),
             kv_per_token_per_block=config.kv_bytes_per_token(1, KV_ITEMSIZE),
@@ -228,4 +267,12 @@ def weight_sizes(checkpoint: Checkpoint, kind: EngineKind) -> WeightSizes:
         embedding=embedding,
         head=0 if config.tied_embeddings else embedding,
         kv_per_token_per_block=config.kv_bytes_per_token(1, element),
+        attention_share=config.attention_weights / config.block_weights,
     )
+
+
+def split_of_model(checkpoint: Checkpoint, kind: EngineKind) -> Split | None:
+    """How a group on engine `kind` can share out the blocks of a model; None if it cannot."""
+    if is_native(kind):
+        return split_of(checkpoint, Packer(load_library(), quantized_as(kind)).block_columns)
+    return split_of(checkpoint, stored_columns)

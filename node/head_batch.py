@@ -45,7 +45,7 @@ class HeadBatches:
         key = (model.digest, n_stages)
         if key not in self._batchers:
             self._batchers[key] = Batcher(
-                self._worker, lambda wishes: _sample_all(model, wishes), n_groups=n_stages
+                self._worker, lambda wishes: sample_all(model, wishes), n_groups=n_stages
             )
         return self._batchers[key].submit(session, wish, is_short=True)
 
@@ -55,7 +55,8 @@ class HeadBatches:
             batcher.forget(session)
 
 
-def _sample_all(model: LocalModel, wishes: Sequence[NextToken]) -> list[Sampled | CoveyError]:
+def sample_all(model: LocalModel, wishes: Sequence[NextToken]) -> list[Sampled | CoveyError]:
+    """One outcome for each of `wishes`, in order."""
     head, eos_ids = model.head, model.tokenizer.eos_ids
     sampled: list[Sampled | CoveyError] = []
     logits_of_each = head.logits_of_each([wish.hidden for wish in wishes])

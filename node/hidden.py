@@ -1,9 +1,10 @@
 """Hidden states as they cross a link: numpy arrays in, wire tensors out, and back.
 
 The engine's arrays are float32, or uint16 holding bfloat16 bits (`engine/tensors.py`). The codec
-`exact` sends them as they are; `fp16` halves an fp32 border (KL 8e-8 on SmolLM2, DESIGN D4) and
-is refused for values that fp16 cannot hold, since infinity further down would only hide where it
-began.
+`exact` sends them as they are; `fp16` halves an fp32 border and leaves bf16 alone; `int8` and
+`int4` are those of `wire_codecs.py`, for both. What each loses is measured by
+`benchmarks/bench_codecs.py`. Values that a codec cannot hold are refused, since infinity further
+down would only hide where it began.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from covey.transport.errors import ErrorCode, ProtocolViolation
-from covey.transport.frame import Tensor
+from covey.transport.frame import Tensor, WireDType
 from covey.transport.messages import Codec
 
 from .engine.tensors import EngineDtype, HiddenStates
 from .errors import NodeError
+from .wire_codecs import LossyCodec, NotDecodable, NotEncodable, decode, encode, row_bytes
 
 _NUMPY: Mapping[str, np.dtype[Any]] = {
     "fp32": np.dtype("<f4"),
@@ -42,8 +44,11 @@ def pack(hidden: HiddenStates, dtype: EngineDtype, codec: Codec) -> Tensor:
     """Encode `hidden` [n_tokens, hidden_size]; no copy for `exact`, so do not modify it later.
 
     Raises:
-        BeyondCodec: a value beyond fp16's range (65504) under the codec `fp16`.
+        BeyondCodec: a value beyond fp16's range (65504) under the codec `fp16`, or one that
+            `int8` or `int4` cannot hold.
     """
+    if codec == "int8" or codec == "int4":
+        return _pack_lossy(hidden, dtype, codec)
     hidden = hidden if hidden.flags.c_contiguous else hidden.copy()
     if codec == "fp16" and dtype == "fp32":
         with np.errstate(over="ignore"):
@@ -64,15 +69,52 @@ def unpack(
     """
     if tensor is None:
         raise WrongTensor("a forward frame carries no hidden states")
-    expected = "fp16" if codec == "fp16" and dtype == "fp32" else dtype
-    if tensor.dtype != expected:
-        raise WrongTensor(f"hidden states are {tensor.dtype}, the plan says {expected}")
-    if len(tensor.shape) != 2 or tensor.shape[1] != hidden_size:
-        raise WrongTensor(f"hidden states have shape {tensor.shape}, not [n, {hidden_size}]")
-    if not 1 <= tensor.shape[0] <= max_tokens:
-        raise WrongTensor(f"{tensor.shape[0]} rows are outside 1 to {max_tokens}")
+    if codec == "int8" or codec == "int4":
+        _check_tensor(tensor, "u8", row_bytes(codec, hidden_size), max_tokens)
+        return _unpack_lossy(tensor, dtype, codec, hidden_size)
+    expected: WireDType = "fp16" if codec == "fp16" and dtype == "fp32" else dtype
+    _check_tensor(tensor, expected, hidden_size, max_tokens)
     array: HiddenStates = np.frombuffer(tensor.data, _NUMPY[expected]).reshape(tensor.shape)
     return array.astype(np.float32) if expected == "fp16" else array
+
+
+def _check_tensor(tensor: Tensor, dtype: WireDType, width: int, max_tokens: int) -> None:
+    if tensor.dtype != dtype:
+        raise WrongTensor(f"hidden states are {tensor.dtype}, the plan says {dtype}")
+    if len(tensor.shape) != 2 or tensor.shape[1] != width:
+        raise WrongTensor(f"hidden states have shape {tensor.shape}, not [n, {width}]")
+    if not 1 <= tensor.shape[0] <= max_tokens:
+        raise WrongTensor(f"{tensor.shape[0]} rows are outside 1 to {max_tokens}")
+
+
+def _pack_lossy(hidden: HiddenStates, dtype: EngineDtype, codec: LossyCodec) -> Tensor:
+    try:
+        data = encode(codec, _bf16_to_fp32(hidden) if dtype == "bf16" else hidden)
+    except NotEncodable as error:
+        raise BeyondCodec(f"{codec}: {error}") from error
+    return Tensor("u8", data.shape, data.data.cast("B"))
+
+
+def _unpack_lossy(
+    tensor: Tensor, dtype: EngineDtype, codec: LossyCodec, hidden_size: int
+) -> HiddenStates:
+    data = np.frombuffer(tensor.data, np.uint8).reshape(tensor.shape)
+    try:
+        rows = decode(codec, data, hidden_size)
+    except NotDecodable as error:
+        raise WrongTensor(f"{codec}: {error}") from error
+    return _fp32_to_bf16(rows) if dtype == "bf16" else rows
+
+
+def _bf16_to_fp32(bits: HiddenStates) -> HiddenStates:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _fp32_to_bf16(rows: HiddenStates) -> HiddenStates:
+    """Rounded to the nearest, ties to even; for finite values."""
+    bits = rows.view(np.uint32)
+    rounded: HiddenStates = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return rounded.astype(np.uint16)
 
 
 def is_finite(hidden: HiddenStates, dtype: EngineDtype) -> bool:

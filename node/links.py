@@ -2,19 +2,24 @@
 
 Every live member that could share a plan with us is dialled and measured once, one at a time, so
 that the planner knows pairs that nobody has used yet; afterwards the round-trip time is taken from
-ordinary heartbeats, and a bandwidth probe of megabytes follows only where that has changed.
+ordinary heartbeats and the loss from what the kernel had to send again, and a bandwidth probe of
+megabytes follows only where the time has changed, or the link goes another way. Each end measures
+the direction away from it: half the round trip, and the bandwidth towards the other. No two clocks
+are compared.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections import defaultdict
 from collections.abc import Callable
 
 from covey.partition.errors import PartitionError
-from covey.partition.profile import LinkProfile
+from covey.partition.profile import MAX_LOSS, LinkProfile
 from covey.store.replica import Replica
 from covey.transport.errors import TransportError
+from covey.transport.link import Packets
 from covey.transport.mesh import Mesh
 
 from .planning_state import link_record
@@ -27,6 +32,36 @@ REMEASURE_CHANGED_S = 600.0  # where the round-trip time has become another
 RETRY_S = 15.0  # after a member that could not be reached
 NOTE_EVERY_S = 30.0  # per link, at most
 NOTABLE_CHANGE = 0.5  # of the RTT; less is noise, and every publication costs all members
+NOTABLE_PROBE = 0.2  # of what a whole probe found: it is better than a heartbeat
+NOTABLE_LOSS = 0.01  # share of packets: what a plan can be the worse for
+LOSS_PACKETS = 200  # that one sample of the loss is made of
+LOSS_WEIGHT = 0.3  # of a new sample in the moving average
+
+
+class LossMeter:
+    """A moving average of the share of packets that a carrier had to send again. Pure."""
+
+    def __init__(self) -> None:
+        self.loss: float | None = None
+        self._base = Packets(n_sent=0, n_resent=0)
+
+    def skip(self, now: Packets | None) -> None:
+        """What was sent until now does not count: a probe overflows queues, and that is no loss."""
+        self._base = now or Packets(n_sent=0, n_resent=0)
+
+    def look(self, now: Packets | None) -> None:
+        """Take what was sent since, once it is enough."""
+        if now is None:
+            return
+        n_sent = now.n_sent - self._base.n_sent
+        n_resent = now.n_resent - self._base.n_resent
+        if n_sent < 0 or n_resent < 0:  # another carrier: its counts began anew
+            self.skip(None)
+        elif n_sent >= LOSS_PACKETS:
+            sample = min(n_resent / n_sent, MAX_LOSS)
+            known = sample if self.loss is None else self.loss
+            self.loss = known + LOSS_WEIGHT * (sample - known)
+            self._base = now
 
 
 class LinkMeter:
@@ -48,6 +83,7 @@ class LinkMeter:
         self._profiles: dict[str, LinkProfile] = {}
         self._due_at: dict[str, float] = {}
         self._noted_at: dict[str, float] = {}
+        self._losses: defaultdict[str, LossMeter] = defaultdict(LossMeter)
 
     async def run(self) -> None:
         """Measure what is due, one link at a time so that probes do not disturb each other."""
@@ -70,7 +106,8 @@ class LinkMeter:
             if peer.busy and peer_id in self._profiles:
                 return  # a session needs the link more than we need the figure
             rtt_s, bandwidth = await peer.measure()
-            self._publish(
+            self._losses[peer_id].skip(peer.packets)
+            self._probed(
                 LinkProfile.from_value(
                     {
                         "a": self._own,
@@ -78,7 +115,7 @@ class LinkMeter:
                         "rtt_s": rtt_s,
                         "bandwidth_bytes_per_s": bandwidth,
                         "kind": peer.kind.value,
-                        "loss": 0.0,
+                        "loss": self._losses[peer_id].loss or 0.0,
                     }
                 )
             )
@@ -87,21 +124,55 @@ class LinkMeter:
             logger.debug("link not measured: %s", error, extra={"peer": peer_id[-8:]})
             self._due_at[peer_id] = self._clock() + RETRY_S
 
+    def _probed(self, new: LinkProfile) -> None:
+        """Publish what a probe found, unless it is what is known."""
+        known = self._profiles.get(new.b)
+        if known is None or new.kind != known.kind or _differ(known, new):
+            self._publish(new)
+
     def _note_changes(self) -> None:
         for peer_id, peer in self._mesh.peers.items():
             known = self._profiles.get(peer_id)
-            if known is None or peer.rtt_s is None:
+            if known is None:
                 continue
-            # Below a millisecond the planner has nothing to win from a better figure.
-            change = abs(peer.rtt_s - known.rtt_s)
-            is_due = self._clock() - self._noted_at[peer_id] > NOTE_EVERY_S
-            if is_due and change > max(NOTABLE_CHANGE * known.rtt_s, 1e-3):
-                self._publish(LinkProfile.from_value({**known.to_value(), "rtt_s": peer.rtt_s}))
-                soon = self._clock() + REMEASURE_CHANGED_S
-                self._due_at[peer_id] = min(self._due_at.get(peer_id, soon), soon)
+            now = self._clock()
+            if peer.kind.value != known.kind:  # what was measured says nothing of the new way
+                self._due_at[peer_id] = now
+                self._losses.pop(peer_id, None)
+                continue
+            self._losses[peer_id].look(peer.packets)
+            if now - self._noted_at[peer_id] > NOTE_EVERY_S:
+                self._note(peer_id, peer.rtt_s, self._losses[peer_id].loss)
+
+    def _note(self, peer_id: str, rtt_s: float | None, loss: float | None) -> None:
+        known = self._profiles[peer_id]
+        # Below a millisecond the planner has nothing to win from a better figure.
+        least = max(NOTABLE_CHANGE * known.rtt_s, 1e-3)
+        is_rtt_new = rtt_s is not None and abs(rtt_s - known.rtt_s) > least
+        is_loss_new = loss is not None and abs(loss - known.loss) > NOTABLE_LOSS
+        if is_rtt_new:
+            soon = self._clock() + REMEASURE_CHANGED_S
+            self._due_at[peer_id] = min(self._due_at.get(peer_id, soon), soon)
+        if is_rtt_new or is_loss_new:
+            new: dict[str, float] = {}
+            if rtt_s is not None:
+                new["rtt_s"] = rtt_s
+            if loss is not None:
+                new["loss"] = loss
+            self._publish(LinkProfile.from_value({**known.to_value(), **new}))
 
     def _publish(self, profile: LinkProfile) -> None:
         self._profiles[profile.b] = profile
         self._noted_at[profile.b] = self._clock()
         record = link_record(profile)
         self._replica.set(record.key, record.to_value())
+
+
+def _differ(known: LinkProfile, new: LinkProfile) -> bool:
+    """Whether two probes of one link found something else."""
+    bandwidth = known.bandwidth_bytes_per_s
+    return (
+        abs(new.rtt_s - known.rtt_s) > max(NOTABLE_PROBE * known.rtt_s, 1e-4)
+        or abs(new.bandwidth_bytes_per_s - bandwidth) > NOTABLE_PROBE * bandwidth
+        or abs(new.loss - known.loss) > NOTABLE_LOSS
+    )

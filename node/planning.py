@@ -10,7 +10,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from functools import partial
+from typing import Protocol
 
 from covey.partition.activation import (
     active_plan,
@@ -20,11 +21,12 @@ from covey.partition.activation import (
     should_replace,
     valid_proposals,
 )
-from covey.partition.choose import Prefer, choose
+from covey.partition.choose import choose
 from covey.partition.errors import PartitionError
+from covey.partition.evaluate import World, front_or_reason
 from covey.partition.plan import LayerPlan, make_plan
-from covey.partition.profile import DeviceProfile, LinkProfile, ModelLayout, Workload
-from covey.partition.search import Candidate, Front, pareto_front
+from covey.partition.profile import DeviceProfile, Workload
+from covey.partition.search import Candidate, Front
 from covey.store.replica import Replica
 from covey.store.schema import ProfileRecord, Ready
 from covey.store.views import Views
@@ -40,8 +42,15 @@ from .errors import NodeError
 from .home import Home
 from .links import LinkMeter
 from .model.errors import ModelError
-from .plan_facts import plan_facts
-from .planning_state import ModelState, device_record, plan_record, read_state
+from .pins import pinned
+from .planning_state import (
+    ModelState,
+    Outlook,
+    device_record,
+    plan_record,
+    read_state,
+    world_of,
+)
 from .profiling import device_profile
 from .route import Route, UnsupportedPlan
 from .serving import LEASE_TTL_S, LoadedStage, StageServer
@@ -79,12 +88,13 @@ class Planning:
         self._meter = LinkMeter(
             node.mesh, node.replica, node.peer_id, self._could_share_a_plan, node.clock
         )
+        self.measured_share = 0.0  # of the figures of this device that are there, for people
         self._devices: dict[str, DeviceProfile] = {}  # this node's own, by model digest
         self._routes: dict[str, Route] = {}  # the active ones, by model digest
         self._reasons: dict[str, str] = {}  # why a model has no route
         self._failed: set[str] = set()  # plans whose stage could not be loaded here
         self._uncovered_since: dict[str, float] = {}  # by model digest
-        self._fronts: dict[str, tuple[object, Front | PartitionError]] = {}
+        self._fronts: dict[str, tuple[World, Front | PartitionError]] = {}
         self._first_seen: dict[str, float] = {}  # when a proposal came, by plan digest
         self._woken = asyncio.Event()
         self._is_withdrawn = False
@@ -117,21 +127,24 @@ class Planning:
             if author == own:
                 replica.delete(key)
 
-    async def facts(self, model: LocalModel, prefer: Prefer | None) -> dict[str, Any]:
-        """JSON facts for `covey plan`."""
-        state, live = self._state(model), self._node.live_peers()
-        front = await self._front(model, state, live)
-        return plan_facts(
-            model,
-            state,
-            devices=_usable(model, state, live),
-            front=front,
-            names={peer: card.name for peer, card in self._node.views.members().items()},
-            workload=self._workload(),
-            prefer=prefer or self._node.config.prefer,
+    async def outlook(self, model: LocalModel) -> Outlook:
+        """What is known of a model now, and the front over it."""
+        state = self._state(model)
+        world = self.world(model, state)
+        return Outlook(
+            model=model,
+            state=state,
+            world=world,
+            front=await self._front(model, world),
             active=self._routes.get(model.digest),
             why_not=self.why_not(model.digest),
+            pinned=pinned(state.pin, world),
         )
+
+    def world(self, model: LocalModel, state: ModelState | None = None) -> World:
+        """What a plan could be made of now."""
+        workload = Workload(context_tokens=self._node.config.context_tokens)
+        return world_of(model, state or self._state(model), self._node.live_peers(), workload)
 
     async def run(self) -> None:
         """Measure, then plan until cancelled."""
@@ -165,15 +178,21 @@ class Planning:
         return self._node.live_peers() & offering
 
     async def _publish_devices(self) -> None:
-        node = self._node
-        for model in node.catalog:
+        node, models = self._node, list(self._node.catalog)
+        for idx, model in enumerate(models):
             manifest = model.manifest()
             node.replica.set(manifest.key, manifest.to_value())
-            done = await node.loader.run(
-                lambda model=model: device_profile(model, node.config, node.peer_id, node.home)  # type: ignore[misc]
+            progress = partial(self._measured, idx, len(models))
+            measure = partial(
+                device_profile, model, node.config, node.peer_id, node.home, progress=progress
             )
-            self._devices[model.digest] = done.value
+            self._devices[model.digest] = (await node.loader.run(measure)).value
+        self.measured_share = 1.0
         self._publish_profiles()
+
+    def _measured(self, n_done: int, n_models: int, share: float) -> None:
+        """On the loader's thread."""
+        self.measured_share = (n_done + share) / n_models
 
     def _publish_profiles(self) -> None:
         record, replica = device_record(self._devices), self._node.replica
@@ -182,9 +201,6 @@ class Planning:
 
     def _state(self, model: LocalModel) -> ModelState:
         return read_state(self._node.views, model.digest, model.checkpoint.config.n_blocks)
-
-    def _workload(self) -> Workload:
-        return Workload(context_tokens=self._node.config.context_tokens)
 
     async def _step(self, model: LocalModel) -> None:
         if self._is_withdrawn:
@@ -321,15 +337,22 @@ class Planning:
         active: LayerPlan | None,
         live: frozenset[str],
     ) -> None:
-        node = self._node
-        front = await self._front(model, state, live)
-        if isinstance(front, PartitionError):
-            if active is None:
-                self._reasons[model.digest] = str(front)
-            return
-        best = choose(front, node.config.prefer)
+        node, world = self._node, self.world(model, state)
+        pin = pinned(state.pin, world)
+        wanted = None if pin is None else pin.candidate
+        best: Candidate | None = wanted
+        if best is None:
+            front = await self._front(model, world)
+            if isinstance(front, PartitionError):
+                if active is None:
+                    self._reasons[model.digest] = str(front)
+                return
+            best = choose(front, node.config.prefer)
         if active is None:
             self._reasons[model.digest] = "its members are loading their blocks"
+        elif wanted is not None:
+            if active.pipelines == wanted.pipelines:
+                return
         else:
             active_now = priced(active, model.layout, state.devices, state.links)
             if not should_replace(active_now, best.prediction, node.config.prefer):
@@ -343,16 +366,13 @@ class Planning:
         record = plan_record(plan)
         node.replica.set(record.key, record.to_value())
 
-    async def _front(
-        self, model: LocalModel, state: ModelState, live: frozenset[str]
-    ) -> Front | PartitionError:
+    async def _front(self, model: LocalModel, world: World) -> Front | PartitionError:
         """The front by the profiles of now, or why there is none; searched when they change."""
-        inputs = (tuple(_usable(model, state, live).values()), state.links)
         known = self._fronts.get(model.digest)
-        if known is None or known[0] != inputs:
+        if known is None or known[0] != world:
             # Seconds for a dozen devices: not on the loop.
-            front = await asyncio.to_thread(_search, model.layout, *inputs, self._workload())
-            known = self._fronts[model.digest] = (inputs, front)
+            front = await asyncio.to_thread(front_or_reason, world)
+            known = self._fronts[model.digest] = (world, front)
         return known[1]
 
     def _clean_up_own(self, model: LocalModel, epoch: int) -> None:
@@ -361,28 +381,6 @@ class Planning:
             is_old = record.epoch < epoch - 1 or record.epoch == epoch
             if record.proposer == self._node.peer_id and is_old:
                 self._node.replica.delete(record.key)
-
-
-def _usable(model: LocalModel, state: ModelState, live: frozenset[str]) -> dict[str, DeviceProfile]:
-    """The live members that run the model on our engine: a plan has one."""
-    return {
-        peer: device
-        for peer, device in state.devices.items()
-        if peer in live and device.engine == model.engine
-    }
-
-
-def _search(
-    layout: ModelLayout,
-    devices: Sequence[DeviceProfile],
-    links: Sequence[LinkProfile],
-    workload: Workload,
-) -> Front | PartitionError:
-    """The front, or why there is none: both are worth remembering."""
-    try:
-        return pareto_front(layout, devices, links, request=workload)
-    except PartitionError as error:
-        return error
 
 
 def _plan_of(model: LocalModel, best: Candidate, epoch: int, proposer: str) -> LayerPlan:

@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import base64
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from covey.partition.errors import PartitionError
+from covey.partition.evaluate import World
 from covey.partition.plan import LayerPlan, PlanLimits
-from covey.partition.profile import DeviceProfile, LinkProfile
-from covey.store.schema import PlanRecord, ProfileRecord
-from covey.store.views import Views
+from covey.partition.profile import DeviceProfile, LinkProfile, Workload
+from covey.partition.search import Front
+from covey.store.schema import Pin, PlanRecord, ProfileRecord
+from covey.store.views import Authored, Views
+
+from .catalog import LocalModel
+from .pins import Pinned
+from .route import Route
 
 MAX_PROPOSALS = 8  # per proposer and model, newest first; an honest one has two or three
 
@@ -29,6 +35,20 @@ class ModelState:
     links: tuple[LinkProfile, ...]
     plans: tuple[LayerPlan, ...]
     ready: Mapping[str, frozenset[str]]  # plan digest -> peers whose stage is ready
+    pin: Authored[Pin] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlook:
+    """One model as the planner of this node sees it now: what `covey plan` is made of."""
+
+    model: LocalModel
+    state: ModelState
+    world: World
+    front: Front | PartitionError  # what the world leads to, or why it leads nowhere
+    active: Route | None
+    why_not: str  # no plan is active, if none is
+    pinned: Pinned | None
 
 
 def read_state(views: Views, model_digest: str, n_blocks: int) -> ModelState:
@@ -50,7 +70,20 @@ def read_state(views: Views, model_digest: str, n_blocks: int) -> ModelState:
     plans.sort(key=lambda plan: (-plan.epoch, plan.digest))
     plans = _without_floods(plans)
     ready = {plan.digest: _ready_peers(views, plan) for plan in plans}
-    return ModelState(devices, tuple(links), tuple(plans), ready)
+    pin = views.newest_pin(model_digest)
+    return ModelState(devices, tuple(links), tuple(plans), ready, pin)
+
+
+def world_of(
+    model: LocalModel, state: ModelState, live: Collection[str], workload: Workload
+) -> World:
+    """What can be planned with: the live members that run the model on our engine."""
+    devices = {
+        peer: device
+        for peer, device in state.devices.items()
+        if peer in live and device.engine == model.engine
+    }
+    return World(layout=model.layout, devices=devices, links=state.links, request=workload)
 
 
 def device_record(profiles: Mapping[str, DeviceProfile]) -> ProfileRecord:

@@ -101,6 +101,21 @@ Event = Started | Delta | Finished
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PlanQuery:
+    """What to say of a model's plans. Options of a question, never of the plan that runs."""
+
+    model: str
+    prefer: Prefer | None = None  # None: the node's own
+    max_ttft_s: float | None = None
+    min_throughput_tok_per_s: float | None = None
+    prompt_tokens: int | None = None  # None: those that the node plans for
+    n_sessions: int | None = None
+    advice: bool = False  # search for what would help most; up to seconds of work
+    why: str | None = None  # a member: why is it left out?
+    what_if: tuple[str, ...] = ()  # changes of devices and links, see `covey plan --help`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelEntry:
     """One model of the swarm, as `/v1/models` lists it."""
 
@@ -129,12 +144,27 @@ class Service(Protocol):
     def status(self) -> dict[str, Any]:
         """JSON facts: identity, members, spans, links, sessions, speeds."""
 
-    async def plan(self, model: str, prefer: Prefer | None) -> dict[str, Any]:
+    async def plan(self, query: PlanQuery) -> dict[str, Any]:
         """JSON facts: the Pareto front, the active plan and why, one machine alone.
 
         Raises:
             UnknownModel.
+            InvalidRequest: a limit, a member's name or a change cannot be understood.
         """
+
+    def pin_plan(self, model: str, plan: Mapping[str, Any]) -> dict[str, Any]:
+        """Have the whole swarm run a plan for as long as it can; the facts of what was pinned.
+
+        Args:
+            plan: `{"pipelines": ...}`, as the facts of a plan have it.
+
+        Raises:
+            UnknownModel.
+            InvalidRequest: not a plan of this model, or one that cannot run now.
+        """
+
+    def unpin_plan(self, model: str) -> dict[str, Any]:
+        """Let the swarm choose its plan again; whether one was pinned. Raises UnknownModel."""
 
     def invite(self, *, ttl_s: float, uses: int) -> str:
         """A new invite, one pasteable string."""

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from .choose import Prefer, cost, priced, score
 from .cost import Network, block_cap, member_bytes
 from .errors import InvalidPlan
-from .plan import LayerPlan, Prediction, Span
+from .plan import LayerPlan, Prediction, StagePlan
 from .profile import DeviceProfile, LinkProfile, ModelLayout
 
 __all__ = [
@@ -64,9 +64,10 @@ def valid_proposals(
 
     Left out: epochs that run ahead of the highest active one by more than one, plans that name or
     come from somebody outside `members` (where given; a plan's proposer has been checked against
-    its document's author by then), members without a profile, and stages that hold more blocks
-    or weights than their device's owner gives. The KV cache is not judged here: how much context
-    there shall be room for is one node's setting, and a session that has no room is refused.
+    its document's author by then), members without a profile, shares of a group that are not all
+    of each block, and members that would hold more blocks or weights than their device's owner
+    gives, what streams from disk apart. The KV cache is not judged here: how much context there
+    shall be room for is one node's setting, and a session that has no room is refused.
     """
     known = [
         plan
@@ -174,41 +175,85 @@ def transfer_s(
     devices: Mapping[str, DeviceProfile],
     links: Iterable[LinkProfile],
 ) -> float:
-    """Seconds until every member of `new` holds its blocks; members load side by side.
+    """Seconds until every member of `new` holds its part of its blocks; members load side by side.
 
-    Blocks that a member runs already cost nothing. The others come over its fastest link from a
-    member of `active` and through its disk, whichever is slower; without such a link they are
-    taken to be on its disk. Infinite when a member has no profile.
+    What a member runs already costs nothing, and of a block whose share grows only the rest has to
+    come. It comes over its fastest link from a member of `active` and through its disk, whichever
+    is slower; without such a link it is taken to be on its disk. Infinite when a member has no
+    profile.
     """
     network = Network(links)
     return max(
-        _load_s(peer_id, stage.span, active, layout, devices, network)
+        _load_s(stage, idx, active, layout, devices, network)
         for stage in new.stages
-        for peer_id in stage.peers
+        for idx in range(len(stage.members))
     )
 
 
 def _load_s(
-    peer_id: str,
-    span: Span,
+    stage: StagePlan,
+    idx: int,
     active: LayerPlan | None,
     layout: ModelLayout,
     devices: Mapping[str, DeviceProfile],
     network: Network,
 ) -> float:
+    peer_id = stage.members[idx].peer_id
     if peer_id not in devices:
         return math.inf
     held = active.stage_of(peer_id) if active is not None else None
-    has = range(held.span.start, held.span.end) if held is not None else range(0)
-    wanted = enumerate(layout.block_bytes[span.start : span.end], start=span.start)
-    n_bytes = sum(n_bytes for block_idx, n_bytes in wanted if block_idx not in has)
+    n_bytes = _missing_bytes(stage, idx, held, layout)
     sources = active.peers if active is not None else ()
     incoming = [network.link(source, peer_id) for source in sources if source != peer_id]
     rates = [link.bandwidth_bytes_per_s for link in incoming if link is not None]
     return n_bytes / min(max(rates, default=math.inf), devices[peer_id].disk_bytes_per_s)
 
 
+def _missing_bytes(
+    stage: StagePlan, idx: int, held: StagePlan | None, layout: ModelLayout
+) -> float:
+    """Bytes of a member's part of its blocks that it does not hold as a member of `held`."""
+    wanted = _part_of(stage, idx, layout)
+    known = None
+    if held is not None:
+        known = _part_of(held, held.peers.index(stage.members[idx].peer_id), layout)
+    n_bytes = 0.0
+    for block_idx in range(stage.span.start, stage.span.end):
+        is_held = held is not None and held.span.start <= block_idx < held.span.end
+        missing = _missing_share(wanted, known if is_held else None, layout)
+        n_bytes += layout.block_bytes[block_idx] * missing
+    return n_bytes
+
+
+_Part = tuple[tuple[float, float], tuple[float, float]]  # of the attention, of the MLP; from 0 to 1
+
+
+def _part_of(stage: StagePlan, idx: int, layout: ModelLayout) -> _Part:
+    if not stage.is_group:
+        return (0.0, 1.0), (0.0, 1.0)
+    n_heads, n_columns = max(layout.n_kv_heads, 1), max(layout.mlp_columns, 1)
+    heads, columns = stage.kv_heads_of(idx), stage.mlp_columns_of(idx)
+    return (
+        (heads[0] / n_heads, heads[1] / n_heads),
+        (columns[0] / n_columns, columns[1] / n_columns),
+    )
+
+
+def _missing_share(wanted: _Part, known: _Part | None, layout: ModelLayout) -> float:
+    """The share of a block's bytes that `wanted` has and `known` has not."""
+    weights = (layout.attention_share, 1.0 - layout.attention_share)
+    share = 0.0
+    for i, weight in enumerate(weights):
+        start, end = wanted[i]
+        overlap = 0.0
+        if known is not None:
+            overlap = max(0.0, min(end, known[i][1]) - max(start, known[i][0]))
+        share += weight * (end - start - overlap)
+    return share
+
+
 def _fits(plan: LayerPlan, layout: ModelLayout, devices: Mapping[str, DeviceProfile]) -> bool:
+    """Whether all its members have profiles and give what their parts take, the KV cache apart."""
     for stage in plan.stages:
         try:
             stage.check_shares(layout)
@@ -218,7 +263,7 @@ def _fits(plan: LayerPlan, layout: ModelLayout, devices: Mapping[str, DeviceProf
             device = devices.get(member.peer_id)
             if device is None or device.engine != plan.engine:
                 return False
-            share = member_bytes(layout, stage, idx)
-            if stage.span.n_blocks > block_cap(device) or share > device.memory_bytes:
+            n_bytes = member_bytes(layout, stage, idx)
+            if stage.span.n_blocks > block_cap(device) or n_bytes > device.memory_bytes:
                 return False
     return True

@@ -6,17 +6,20 @@ here: a plan that is worse than the best single device in anything says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from .choose import Prefer, choose, cost
-from .cost import Network, Terms, price
-from .plan import Prediction, StagePlan
-from .profile import DeviceProfile, LinkProfile, ModelLayout, Workload
-from .search import REPLY_TOKENS, Candidate, Front
+from .cost import Network, StageTerm, Terms, price_all, reply_s, shared_sessions
+from .evaluate import World
+from .plan import Prediction
+from .profile import REPLY_TOKENS
+from .search import Candidate, Front
 
 NOTABLE = 0.02  # smaller differences are called equal; profiles are no better than this
+
+BoundKind = Literal["device", "link", "disk", "sessions"]
 
 Names = Mapping[str, str]  # peer id -> what people call the machine
 
@@ -26,8 +29,8 @@ class Bound:
     """The part of a plan that limits one objective."""
 
     objective: Literal["tpot", "throughput"]
-    kind: Literal["device", "link", "sessions"]
-    peers: tuple[str, ...]  # the device; or sender and receiver; or every stage
+    kind: BoundKind
+    peers: tuple[str, ...]  # the device or group, hub first; sender and receiver; or every stage
     seconds: float  # per token
     share: float  # of the TPOT, or of the time per token at full throughput
     text: str
@@ -68,51 +71,35 @@ class Explanation:
 def explain(
     candidate: Candidate,
     front: Front,
-    layout: ModelLayout,
-    devices: Mapping[str, DeviceProfile],
-    links: Iterable[LinkProfile],
+    world: World,
     *,
     prefer: Prefer,
-    request: Workload | None = None,
-    head: str | None = None,
+    chosen: Candidate | None = None,
     names: Names | None = None,
 ) -> Explanation:
-    """Explain `candidate`, a point or the best single of `front`; arguments as for the front.
+    """Explain `candidate`, a point or the best single of the `front` that `world` leads to.
+
+    Args:
+        chosen: what is taken; by default what `prefer` takes of the front.
 
     Raises:
         PartitionError: the candidate cannot be priced with these profiles.
     """
     names = names or {}
-    terms = price(
-        candidate.stages, layout, devices, Network(links), request=request or Workload(), head=head
+    terms = price_all(
+        candidate.pipelines,
+        world.layout,
+        world.devices,
+        Network(world.links),
+        request=world.request,
     )
-    chosen = choose(front, prefer)
+    chosen = chosen or choose(front, prefer)
     return Explanation(
-        bounds=(_tpot_bound(terms, names), _throughput_bound(terms, names)),
+        bounds=(_tpot_bound(min(terms, key=reply_s), names), _throughput_bound(terms, names)),
         comparison=compare(candidate, front.best_single, names=names),
-        is_chosen=candidate.stages == chosen.stages,
+        is_chosen=candidate.pipelines == chosen.pipelines,
         verdict=verdict(candidate, chosen, prefer),
     )
-
-
-def bound_by(
-    stages: Sequence[StagePlan],
-    layout: ModelLayout,
-    devices: Mapping[str, DeviceProfile],
-    links: Iterable[LinkProfile],
-    *,
-    request: Workload | None = None,
-    head: str | None = None,
-    names: Names | None = None,
-) -> str:
-    """One line: which device or link takes most of each token's time.
-
-    Raises:
-        PartitionError: the stages cannot be priced with these profiles.
-    """
-    network = Network(links)
-    terms = price(stages, layout, devices, network, request=request or Workload(), head=head)
-    return _tpot_bound(terms, names or {}).text
 
 
 def compare(
@@ -133,14 +120,14 @@ def compare(
         **ratios,
         worse_in=tuple(name for name, ratio in ratios.items() if ratio < 1 - NOTABLE),
         text=_comparison_text(
-            ratios, _name(peer_id, names or {}), candidate.stages == single.stages
+            ratios, _name(peer_id, names or {}), candidate.pipelines == single.pipelines
         ),
     )
 
 
 def verdict(candidate: Candidate, chosen: Candidate, prefer: Prefer) -> str:
     """One line on why `candidate` is or is not the choice for `prefer`."""
-    if candidate.stages == chosen.stages:
+    if candidate.pipelines == chosen.pipelines:
         return f"chosen for {prefer}: {_figure_text(chosen.prediction, prefer)}"
     worse = cost(candidate.prediction, prefer) / cost(chosen.prediction, prefer) - 1
     what = _figure_text(candidate.prediction, prefer)
@@ -157,16 +144,7 @@ def _figure_text(prediction: Prediction, prefer: Prefer) -> str:
 
 
 def _tpot_bound(terms: Terms, names: Names) -> Bound:
-    parts: list[tuple[float, Literal["device", "link"], tuple[str, ...], str]] = [
-        (
-            stage.decode_s,
-            "device",
-            (stage.peer_id,),
-            f"{_name(stage.peer_id, names)} computes blocks {stage.span.start} to "
-            f"{stage.span.end - 1}",
-        )
-        for stage in terms.stages
-    ]
+    parts = [part for stage in terms.stages for part in _stage_parts(stage, names)]
     parts.append(
         (terms.head_s, "device", (terms.head,), f"{_name(terms.head, names)} computes the logits")
     )
@@ -191,15 +169,41 @@ def _tpot_bound(terms: Terms, names: Names) -> Bound:
     )
 
 
-def _throughput_bound(terms: Terms, names: Names) -> Bound:
-    busiest = max(terms.busy(), key=lambda busy: busy.seconds)
+def _stage_parts(
+    stage: StageTerm, names: Names
+) -> list[tuple[float, BoundKind, tuple[str, ...], str]]:
+    """What a stage's time goes into: compute, partial sums on their way, waiting for a disk."""
+    blocks = f"blocks {stage.span.start} to {stage.span.end - 1}"
+    who = " and ".join(_name(peer, names) for peer in stage.hub_first)
+    computes = "computes" if len(stage.peers) == 1 else "compute"
+    computed_s = stage.decode_s - stage.sums_s - stage.stall_s
+    parts: list[tuple[float, BoundKind, tuple[str, ...], str]] = [
+        (computed_s, "device", stage.hub_first, f"{who} {computes} {blocks}")
+    ]
+    if len(stage.peers) > 1:
+        text = f"the links between {who} carry the partial sums of {blocks}"
+        parts.append((stage.sums_s, "link", stage.hub_first, text))
+    if stage.stall_s > 0:
+        text = f"{who} waits for the weights of {blocks} to come from disk"
+        parts.append((stage.stall_s, "disk", stage.hub_first, text))
+    return parts
+
+
+def _throughput_bound(pipelines: Sequence[Terms], names: Names) -> Bound:
+    """What limits all sessions together; of several pipelines, what limits the fastest."""
+    counts = shared_sessions(pipelines, pipelines[0].n_sessions)
+    terms, n_sessions = max(
+        zip(pipelines, counts, strict=True), key=lambda pair: pair[0].throughput(pair[1])
+    )
+    busiest = max(replace(terms, n_sessions=n_sessions).busy(), key=lambda busy: busy.seconds)
     if busiest.kind == "sessions":
-        text = f"throughput is limited by {terms.n_sessions} sessions in flight; more would add"
+        text = f"throughput is limited by {n_sessions} sessions in flight; more would add"
     elif busiest.kind == "link":
         sender, receiver = busiest.peers
         text = f"throughput is limited by the bandwidth {_pair(sender, receiver, names)}"
     else:
-        text = f"throughput is limited by {_name(busiest.peers[0], names)}"
+        who = " and ".join(_name(peer, names) for peer in busiest.peers)
+        text = f"throughput is limited by {who}"
     return Bound(
         objective="throughput",
         kind=busiest.kind,

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from .cost import (
     Network,
     block_cap,
+    block_step_s,
     chunk_s_per_block,
-    decode_s_per_block,
     kv_bytes_per_block,
     on_grid,
     token_bytes_at,
@@ -86,7 +86,7 @@ def build_instance(
         n_sessions=request.n_sessions,
         head_idx=None if head is None else peers.index(head),
         head_s=np.array([on_grid(device.head_s) for device in devices]),
-        decode_s=np.array([decode_s_per_block(device) for device in devices]),
+        decode_s=np.array([block_step_s(device, 1, request.depth) for device in devices]),
         chunk_s=np.array([chunk_s_per_block(device, request) for device in devices]),
         ends=np.array([span_ends(layout, device, request) for device in devices]),
         head_ends=np.array(

@@ -148,15 +148,22 @@ class Prediction:
     tpot_s: float  # one session alone
     throughput_tok_per_s: float  # all sessions together
     memory_bytes: tuple[tuple[str, int], ...]  # (peer id, weights + KV cache), by stage
+    stall_s: float = 0.0  # of `tpot_s`: waiting for weights that stream from disk
+    link_bytes: tuple[tuple[str, str, int], ...] = ()  # (sender, receiver, bytes per token)
 
     def __post_init__(self) -> None:
         """Check every bound."""
-        for field in ("ttft_s", "tpot_s", "throughput_tok_per_s"):
+        for field in ("ttft_s", "tpot_s", "throughput_tok_per_s", "stall_s"):
             check_real(f"prediction.{field}", getattr(self, field), 0.0, MAX_FIGURE)
         check_whole("prediction.memory_bytes", len(self.memory_bytes), 1, MAX_STAGES * MAX_MEMBERS)
         for peer_id, n_bytes in self.memory_bytes:
             check_name("prediction.memory_bytes", peer_id)
             check_whole("prediction.memory_bytes", n_bytes, 0, MAX_BYTES * MAX_BLOCKS)
+        check_whole("prediction.link_bytes", len(self.link_bytes), 0, 2 * MAX_STAGES * MAX_MEMBERS)
+        for sender, receiver, n_bytes in self.link_bytes:
+            check_name("prediction.link_bytes", sender)
+            check_name("prediction.link_bytes", receiver)
+            check_whole("prediction.link_bytes", n_bytes, 0, MAX_BYTES)
 
     @property
     def objectives(self) -> tuple[float, float, float]:

@@ -22,6 +22,9 @@ MAX_RTT_S = 600.0
 MAX_LOSS = 0.95
 
 BATCHES = (2, 4, 8)  # sessions of one decode step, beside one, that devices are measured with
+STEP_BATCHES = (1, *BATCHES)
+
+REPLY_TOKENS = 128  # a reply of ordinary length, where one figure has to stand for latency
 
 LinkKind = Literal["direct", "mapped", "punched", "webrtc", "relayed", "memory"]
 
@@ -197,6 +200,11 @@ class Workload(Value):
     def n_chunks(self) -> int:
         """Chunks that the prompt is cut into."""
         return -(-self.prompt_tokens // self.prefill_chunk)
+
+    @property
+    def depth(self) -> int:
+        """Positions that a token of an ordinary reply looks back on, on average."""
+        return self.prompt_tokens + REPLY_TOKENS // 2
 
     @property
     def chunk_tokens(self) -> float:

@@ -11,27 +11,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .cost import Network, block_cap, kv_bytes_per_block, price, stage_bytes
+from .cost import Network, price, reply_s
 from .dominance import front_of
-from .errors import InvalidPlan, PlanInfeasible
+from .errors import InvalidPlan
 from .instance import build_instance, span_ends
 from .labels import Chain, LabelSearch
 from .plan import (
     Pipeline,
     Prediction,
-    Span,
     StagePlan,
     border_bytes_per_token,
     check_index_pattern,
 )
 from .profile import DeviceProfile, LinkProfile, ModelLayout, Workload
+from .shortfall import infeasible, reserved, why_no_single
 
 EXACT_DEVICES = 12
 BEAM_WIDTHS = (512, 4096)  # labels per number of stages; the second run where the first cut off
 MAX_DEVICES = 60  # considered at all, the fastest first; a set of devices is a 64-bit number
 MAX_LABELS = 6_000_000  # made before an exact search is given up: about 5 s on one x86 core
-
-REPLY_TOKENS = 128  # a reply of ordinary length, where one figure has to stand for latency
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,11 +53,6 @@ class Front:
     best_single: Candidate | None  # the one device that would answer soonest on its own
     no_single_because: str | None  # one line, where there is no such device
     exact: bool  # False: a bounded search; there may be better plans
-
-
-def reply_s(prediction: Prediction) -> float:
-    """Seconds until one session alone has a reply of `REPLY_TOKENS` tokens."""
-    return prediction.ttft_s + (REPLY_TOKENS - 1) * prediction.tpot_s
 
 
 def pareto_front(
@@ -93,7 +86,7 @@ def pareto_front(
         check_index_pattern(index_pattern, layout.n_blocks)
     ordered, everyone = _considered(layout, devices, head)
     if not ordered:
-        raise _infeasible(layout, ordered, request, head)
+        raise infeasible(layout, ordered, request, head)
     network = Network(links)
     instance = build_instance(
         layout,
@@ -126,7 +119,7 @@ def pareto_front(
 
     found = [candidate(_stages_of(chain, ordered)) for _, chain in search.front]
     if not found:
-        raise _infeasible(layout, ordered, request, head)
+        raise infeasible(layout, ordered, request, head)
     singles = [
         candidate((StagePlan.alone(device.peer_id, 0, layout.n_blocks),))
         for device in ordered
@@ -138,7 +131,7 @@ def pareto_front(
         best_single=min(
             singles, key=lambda one: (reply_s(one.prediction), one.stages), default=None
         ),
-        no_single_because=None if singles else _why_no_single(layout, ordered, request, head),
+        no_single_because=None if singles else why_no_single(layout, ordered, request, head),
         exact=exact and everyone,
     )
 
@@ -175,72 +168,8 @@ def _stages_of(chain: Chain, devices: Sequence[DeviceProfile]) -> tuple[StagePla
     )
 
 
-def _reserved(layout: ModelLayout, device: DeviceProfile, head: str | None) -> int:
-    """Memory that the head's weights take on `device` when it runs a single stage."""
-    is_head = head is None or device.peer_id == head
-    return layout.embedding_bytes + layout.head_bytes if is_head else 0
-
-
 def _holds_all(
     layout: ModelLayout, device: DeviceProfile, request: Workload, head: str | None
 ) -> bool:
-    reserved = _reserved(layout, device, head)
-    return span_ends(layout, device, request, reserved=reserved)[0] == layout.n_blocks
-
-
-def _most_blocks(
-    layout: ModelLayout, device: DeviceProfile, request: Workload, reserved: int
-) -> int:
-    ends = span_ends(layout, device, request, reserved=reserved)
-    return max(end - start for start, end in enumerate(ends))
-
-
-def _why_no_single(
-    layout: ModelLayout, devices: Sequence[DeviceProfile], request: Workload, head: str | None
-) -> str:
-    most, peer_id = max(
-        (_most_blocks(layout, device, request, _reserved(layout, device, head)), device.peer_id)
-        for device in devices
-    )
-    if most >= layout.n_blocks:
-        return f"{peer_id} has room for all blocks but no measured link to the head {head}"
-    return f"no device holds all {layout.n_blocks} blocks; {peer_id} holds {most}"
-
-
-def _infeasible(
-    layout: ModelLayout, devices: Sequence[DeviceProfile], request: Workload, head: str | None
-) -> PlanInfeasible:
-    """Say what is missing: devices, room or links."""
-    if not devices:
-        return PlanInfeasible(
-            "no device has a profile for this model; start one with room for it",
-            missing_blocks=layout.n_blocks,
-            missing_bytes=_bytes_of_all(layout, request),
-        )
-    head_bytes = layout.embedding_bytes + layout.head_bytes
-    room = sum(
-        _most_blocks(layout, one, request, head_bytes if one.peer_id == head else 0)
-        for one in devices
-    )
-    missing_blocks = max(0, layout.n_blocks - room)
-    usable = sum(one.memory_bytes for one in devices if block_cap(one) > 0)
-    missing_bytes = max(0, _bytes_of_all(layout, request) - usable)
-    if missing_blocks:
-        block_bytes = max(layout.block_bytes) + kv_bytes_per_block(layout, request)
-        missing_bytes = max(missing_bytes, missing_blocks * block_bytes)
-    if missing_blocks or missing_bytes:
-        return PlanInfeasible(
-            f"the devices hold {min(room, layout.n_blocks)} of {layout.n_blocks} blocks and lack "
-            f"{missing_bytes / 1e6:.0f} MB; add a device, give more with --memory or "
-            "--max-blocks, or plan for less context",
-            missing_bytes=missing_bytes,
-            missing_blocks=missing_blocks,
-        )
-    return PlanInfeasible(
-        "there is room for every block, but no chain of linked devices fits them; connect the "
-        "devices that have room, or give more with --memory or --max-blocks"
-    )
-
-
-def _bytes_of_all(layout: ModelLayout, request: Workload) -> int:
-    return stage_bytes(layout, Span(0, layout.n_blocks), request, is_head=True)
+    head_weights = reserved(layout, device, head)
+    return span_ends(layout, device, request, reserved=head_weights)[0] == layout.n_blocks

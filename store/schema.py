@@ -23,6 +23,7 @@ MAX_BLOCKS = 1024  # the deepest model known has 126
 MAX_REMOVED = 256
 MAX_COPIES = 256
 MAX_EPOCH = 1 << 31
+MAX_VERSION = 1 << 53  # of a pin
 
 Digest: TypeAlias = Annotated[str, Meta(pattern=r"\A[0-9a-f]{16,128}\Z")]
 Sha256: TypeAlias = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
@@ -155,6 +156,27 @@ class PlanRecord(Record, frozen=True, kw_only=True):
     def key(self) -> str:
         """One record per plan of a model."""
         return f"{self.prefix}{self.model}/{self.digest}"
+
+
+class Pin(Record, frozen=True, kw_only=True):
+    """The author's wish that a model runs by this plan, or by whichever is best again.
+
+    The newest wish of any member counts; `version` says which that is, without clocks.
+    """
+
+    prefix = "pin/"
+
+    model: Digest
+    version: Annotated[
+        int, Meta(ge=1, le=MAX_VERSION)
+    ]  # one more than the newest that its author had heard of
+    at: UnixSeconds  # for people
+    plan: dict[str, Any] | None  # opaque here; None: no plan is pinned any more
+
+    @property
+    def key(self) -> str:
+        """One per model."""
+        return f"{self.prefix}{self.model}"
 
 
 class Ready(Record, frozen=True, kw_only=True):

@@ -19,6 +19,7 @@ from .schema import (
     IndexCache,
     MemberCard,
     ModelManifest,
+    Pin,
     PlanRecord,
     ProfileRecord,
     Ready,
@@ -59,6 +60,11 @@ class Views:
         """The plans proposed for a model, by their own proposers."""
         found = self._records(PlanRecord, f"{PlanRecord.prefix}{model}/")
         return [entry.record for entry in found]
+
+    def newest_pin(self, model: str) -> Authored[Pin] | None:
+        """The last word on whether a plan of a model is pinned; of two at once, one for all."""
+        found = self._records(Pin, f"{Pin.prefix}{model}")
+        return max(found, key=lambda entry: (entry.record.version, entry.author), default=None)
 
     def ready(self, plan_digest: str) -> list[Authored[Ready]]:
         """Who said that which stage of a plan is ready; anybody may say so of any stage."""

@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,18 @@ COMMAND_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """A host, its name among members and the folders of its own."""
+    """A host, and what one node on it has of its own: folders, and its name among members."""
 
     host: Namespace
     folder: Path
+    has_own_caches: bool = True  # else this machine's: what is packed there is packed already
+    own_name: str | None = None  # where several nodes share a host
+    own_environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What other members see."""
+        return self.own_name or self.host.name
 
     @property
     def home(self) -> Path:
@@ -30,14 +39,16 @@ class Machine:
         return self.folder / "home"
 
     def environment(self) -> dict[str, str]:
-        """Ours, but with the machine's own caches."""
+        """Ours, but with its own caches, if it has some, and what else is its own."""
         folders = {"HOME": self.folder, "XDG_CACHE_HOME": self.folder / "cache"}
-        return {**os.environ, **{name: str(folder) for name, folder in folders.items()}}
+        caches = {name: str(folder) for name, folder in folders.items()}
+        return {**os.environ, **(caches if self.has_own_caches else {}), **self.own_environment}
 
-    def start(self, *arguments: str, max_blocks: int) -> NodeProcess:
+    def start(self, *arguments: str, max_blocks: int | None = None) -> NodeProcess:
         """Run a node here, as `covey ARGUMENTS`."""
+        cap = () if max_blocks is None else ("--max-blocks", str(max_blocks))
         return NodeProcess(
-            [*arguments, "--name", self.host.name, "--max-blocks", str(max_blocks)],
+            [*arguments, "--name", self.name, *cap],
             home=self.home,
             prefix=self.host.prefix,
             environment=self.environment(),

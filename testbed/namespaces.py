@@ -163,17 +163,21 @@ class Namespace:
         """The calling thread is here until the block ends; only for what does not wait."""
         home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
         try:
-            there = os.open(f"/run/netns/{self.name}", os.O_RDONLY)
-            try:
-                _set_namespace(there)
-            finally:
-                os.close(there)
+            self.stay()
             try:
                 yield
             finally:
                 _set_namespace(home)
         finally:
             os.close(home)
+
+    def stay(self) -> None:
+        """The calling thread is here from now on, with all sockets that it opens."""
+        there = os.open(f"/run/netns/{self.name}", os.O_RDONLY)
+        try:
+            _set_namespace(there)
+        finally:
+            os.close(there)
 
     def socket(self, kind: socket.SocketKind, family: int = socket.AF_INET) -> socket.socket:
         """A socket of this machine: it stays here, whichever thread uses it."""

@@ -5,6 +5,7 @@ Every kind of link passes `tests/conformance/transport/test_link.py`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
@@ -21,6 +22,14 @@ class LinkKind(StrEnum):
     PUNCHED = "punched"
     WEBRTC = "webrtc"
     RELAYED = "relayed"
+
+
+@dataclass(frozen=True, slots=True)
+class Packets:
+    """Packets with payload that a carrier has sent so far."""
+
+    n_sent: int
+    n_resent: int  # of these, because the first did not arrive
 
 
 class Link(Protocol):
@@ -49,6 +58,10 @@ class Link(Protocol):
     @property
     def bytes_received(self) -> int:
         """Bytes taken from the carrier so far, headers included."""
+
+    @property
+    def packets(self) -> Packets | None:
+        """What the system says of the carrier's packets; None where it says nothing."""
 
     async def send(self, frame: Frame) -> None:
         """Queue a frame; waits while the send buffer is full, and may do so until somebody waits

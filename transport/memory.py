@@ -53,6 +53,7 @@ class MemoryLink:
 
     kind = LinkKind.MEMORY
     remote = None
+    packets = None
 
     def __init__(
         self, peer_id: str, conditions: Conditions, randomness: random.Random, *, is_dialer: bool

@@ -328,6 +328,9 @@ class Mesh:
 
     def take_up(self, link: SteadyLink, contact: Contact) -> None:
         """Begin with a new link; there is no other to the peer."""
+        if self._is_closing:  # its task would be cancelled before it begins, and nobody end it
+            link.abort(LinkClosed(by_peer=False))
+            return
         peer = Peer(link, self._dispatch, rules=self._rules)
         contact.peer, contact.link = peer, link
         contact.up.set()

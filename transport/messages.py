@@ -51,7 +51,7 @@ NatKindName = Literal[
 ]
 DialBackOutcome = Literal["answered", "refused", "silent", "wrong", "declined"]
 DType = Literal["fp32", "fp16", "bf16"]
-Codec = Literal["exact", "fp16"]
+Codec = Literal["exact", "fp16", "int8", "int4"]
 
 
 class Message(Struct, frozen=True, tag_field="type", forbid_unknown_fields=True, kw_only=True):

@@ -24,15 +24,17 @@ from .errors import (
     TransportError,
 )
 from .frame import Frame, Tensor
-from .link import Link, LinkKind
+from .link import Link, LinkKind, Packets
 from .liveness import Action, Liveness, LivenessRules
 from .messages import AnyMessage, Failure, Goodbye, Ping, Pong
 
 Handler = Callable[["Peer", Frame], None]
 
-_N_RTT_PROBES = 5
-_PROBE_BYTES = (256 << 10, 1 << 20, 4 << 20)
-_PROBE_ENOUGH_S = 0.25  # a probe that took this long has left slow start behind
+_MIN_RTT_PROBES, _MAX_RTT_PROBES = 5, 15
+_RTT_PROBES_S = 0.1  # after so long the least number is enough
+_PROBE_BYTES = (32 << 10, 256 << 10, 1 << 20, 4 << 20)
+# A probe that took this long has left slow start behind: it takes some round trips, too.
+_PROBE_ENOUGH_S, _PROBE_ENOUGH_ROUND_TRIPS = 0.25, 8
 _MEASURE_DEADLINE_S = 10.0
 _CHECK_S, _CHECK_UNKNOWN_S = 0.5, 1.0  # beside some round trips; where none was measured
 _CHECK_ROUND_TRIPS = 4
@@ -104,6 +106,11 @@ class Peer:
     def bytes_received(self) -> int:
         """Bytes received on the link so far."""
         return self._link.bytes_received
+
+    @property
+    def packets(self) -> Packets | None:
+        """Packets of the link's carrier, and how many of them were lost, where that is known."""
+        return self._link.packets
 
     def moved(self) -> None:
         """The link has another carrier: what was measured of the old one says nothing of it."""
@@ -204,24 +211,35 @@ class Peer:
     async def measure(self) -> tuple[float, float]:
         """Round-trip time (s) and bandwidth towards the peer (bytes/s), by probes of up to 4 MB.
 
+        Ballast goes one way only, and what comes back is small: on a link that is faster in one
+        direction this is the direction towards the peer. The peer measures the other one.
+
         Raises:
-            LinkTimeout: the probes took more than ten seconds.
+            LinkTimeout: not even the smallest probe was answered within ten seconds.
             LinkClosed, LinkBroken: the link ended.
         """
+        rtt_s = best = 0.0
         try:
             async with asyncio.timeout(_MEASURE_DEADLINE_S):
-                rtts = [
-                    await self.ping(timeout_s=_MEASURE_DEADLINE_S) for _ in range(_N_RTT_PROBES)
-                ]
-                rtt_s, best = statistics.median(rtts), 0.0
+                rtt_s = await self._median_rtt_s()
+                enough_s = _PROBE_ENOUGH_S + _PROBE_ENOUGH_ROUND_TRIPS * rtt_s
                 for nbytes in _PROBE_BYTES:
                     took_s = await self.ping(timeout_s=_MEASURE_DEADLINE_S, nbytes=nbytes)
                     best = max(best, nbytes / max(took_s - rtt_s, 1e-6))
-                    if took_s > _PROBE_ENOUGH_S:
+                    if took_s > enough_s:
                         break
         except TimeoutError as error:
-            raise LinkTimeout("measurement", _MEASURE_DEADLINE_S) from error
+            if not best:
+                raise LinkTimeout("measurement", _MEASURE_DEADLINE_S) from error
         return rtt_s, best
+
+    async def _median_rtt_s(self) -> float:
+        rtts: list[float] = []
+        while len(rtts) < _MIN_RTT_PROBES or (
+            len(rtts) < _MAX_RTT_PROBES and sum(rtts) < _RTT_PROBES_S
+        ):
+            rtts.append(await self.ping(timeout_s=_MEASURE_DEADLINE_S))
+        return statistics.median(rtts)
 
     async def run(self) -> TransportError:
         """Read the link until it ends; why it ended. Its owner calls this once, in a task."""

@@ -22,8 +22,9 @@ from .codec import decode_frame, encode_frame
 from .errors import LinkBroken, LinkClosed, NotAMember, ProtocolViolation, TransportError
 from .frame import Frame
 from .framing import END, FrameDecoder, FrameQueue, single_segment, stream_of
-from .link import LinkKind
+from .link import LinkKind, Packets
 from .messages import Failure
+from .tcp_info import tcp_packets
 
 SEND_BUFFER_BYTES = 8 << 20  # `send` waits beyond this; one frame may always be queued
 POST_BUFFER_BYTES = 1 << 20
@@ -67,6 +68,13 @@ class StreamLink(asyncio.BufferedProtocol):
         self._is_reading = True
 
     # --- Link ------------------------------------------------------------------------------
+
+    @property
+    def packets(self) -> Packets | None:
+        """See `Link.packets`; of the whole way, or with a relay of the way to it."""
+        if self._transport is None or self._error is not None:
+            return None
+        return tcp_packets(self._transport.get_extra_info("socket"))
 
     async def send(self, frame: Frame) -> None:
         """See `Link.send`."""

@@ -14,8 +14,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
@@ -24,12 +25,12 @@ from covey.errors import CoveyError
 from covey.node.config import is_loopback
 from covey.node.errors import InvalidRequest, UnknownModel
 from covey.node.service import ModelEntry, Service, Started
-from covey.partition.choose import Prefer
 
 from .errors import SERVER, ErrorReply, reply_to
 from .generation import GenerationResponse, Generations, Task
 from .guard import LoopbackGuard, check_key, read_body
 from .metrics import Metrics, RequestMeter
+from .plan_requests import ModelRequest, PinRequest, PlanParams
 from .render import ChatRenderer, CompletionRenderer, Json, Renderer, Shape
 from .requests import (
     ChatRequest,
@@ -177,9 +178,23 @@ async def status(request: Request) -> Response:
 
 
 @control_routes.get("/plan")
-async def plan(request: Request, model: str, prefer: Prefer | None = None) -> Response:
+async def plan(request: Request, query: Annotated[PlanParams, Query()]) -> Response:
     """The plans of a model, and which one is used."""
-    return JSONResponse(await state_of(request.app).service.plan(model, prefer))
+    return JSONResponse(await state_of(request.app).service.plan(query.to_query()))
+
+
+@control_routes.post("/plan/pin")
+async def pin_plan(request: Request) -> Response:
+    """Have the swarm run a plan that is given."""
+    asked = parse(PinRequest, await read_body(request))
+    return JSONResponse(state_of(request.app).service.pin_plan(asked.model, asked.plan))
+
+
+@control_routes.post("/plan/unpin")
+async def unpin_plan(request: Request) -> Response:
+    """Let the swarm choose its plan again."""
+    asked = parse(ModelRequest, await read_body(request))
+    return JSONResponse(state_of(request.app).service.unpin_plan(asked.model))
 
 
 @control_routes.post("/invite")

@@ -19,6 +19,8 @@ from covey.node.errors import InvalidRequest
 from covey.node.model.sampling import MAX_TOKENS, MAX_TOP_LOGPROBS, SamplingParams
 from covey.node.service import GenerationRequest
 
+ModelName = Annotated[str, Field(min_length=1, max_length=256)]
+
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 MAX_TOKEN_ID = 2**31 - 1
 MAX_DEADLINE_S = 24 * 3600.0
@@ -132,17 +134,19 @@ def _bias(bias: object) -> dict[int, float]:
     return result
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """Base of bodies: types as JSON has them, no NaN."""
+
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """`stream_options`."""
 
     include_usage: bool | None = None
 
 
-class Message(_Strict):
+class Message(Strict):
     """One message of a chat; an assistant's may lack content only if it is empty."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -156,12 +160,12 @@ class Message(_Strict):
         return shown if self.name is None else {**shown, "name": self.name}
 
 
-class GenerationBody(_Strict):
+class GenerationBody(Strict):
     """What both kinds of generation have."""
 
     prompt_field: ClassVar[str]
 
-    model: Annotated[str, Field(min_length=1, max_length=256)]
+    model: ModelName
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -287,14 +291,14 @@ class CompletionRequest(GenerationBody):
         )
 
 
-class InviteRequest(_Strict):
+class InviteRequest(Strict):
     """The body of POST /covey/invite."""
 
     ttl_s: Annotated[float, Field(gt=0, le=MAX_INVITE_S)] = 3600.0
     uses: Annotated[int, Field(ge=1, le=1000)] = 1
 
 
-class MemberRequest(_Strict):
+class MemberRequest(Strict):
     """The body of POST /covey/members/allow."""
 
     member: Annotated[str, Field(min_length=1, max_length=128)]  # name, peer id or how it ends

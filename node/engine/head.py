@@ -19,7 +19,7 @@ from covey.node.model.config import ModelConfig
 from .errors import UnknownToken
 from .stage import Head
 from .tensors import EngineDtype, HiddenStates, check_hidden
-from .torch_stage import TORCH_DTYPES, hidden_to_numpy, hidden_to_torch
+from .torch_blocks import TORCH_DTYPES, hidden_to_numpy, hidden_to_torch
 
 __all__ = ["Head", "TorchHead", "load_head"]
 

@@ -1,69 +1,205 @@
 """How fast this device runs blocks, measured through the engine that will run them.
 
-The planner needs seconds, not FLOPs: a figure from another kernel would be off by factors.
+The planner needs seconds, not FLOPs: a figure from another kernel would be off by factors. Every
+figure is the median of rounds that take each kind of step in turn, so that a machine that slows
+down or gets busy meanwhile spoils all of them alike; one sample is the mean of some steps, because
+a paced engine (`kernels/pacer.py`) makes up in one step for what it slept too long in another.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
-from .generate import PREFILL_CHUNK
-from .stage import Stage
-from .tensors import NUMPY_DTYPES
+from .stage import Stage, Step
+from .tensors import NUMPY_DTYPES, HiddenStates
 
-_SESSION = "measure"
+SHALLOW = 16  # positions behind which decode is timed, on its own and in batches
+SAMPLE_S = 0.02  # what one sample should last at least,
+MAX_STEPS = 8  # in not more steps than that
+MIN_ROUNDS, MAX_ROUNDS = 2, 7
+FILL_S = 0.4  # the longest to prefill what one deep session attends to
+DEPTHS = (1024, 512, 256, 128)
+
+K = TypeVar("K", bound=Hashable)
+
+Progress = Callable[[float], None]  # told which share is done, from 0 to 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockTimes:
-    """Medians for one block on this device."""
+    """Seconds of one block on this device."""
 
-    prefill_s_per_token: float  # of a full chunk
-    decode_s: float  # one token of one session, behind one chunk of context
+    decode_s: float  # one token of one session, at the beginning of a text
+    batch_decode_s: tuple[float, ...]  # a whole batch of single tokens, of each size asked for
+    depth_s: float  # what each position of context adds to a token
+    prefill_s: tuple[tuple[int, float], ...]  # (tokens of a chunk, seconds), rising
+
+    @property
+    def prefill_s_per_token(self) -> float:
+        """In the longest chunk that was timed."""
+        n_tokens, seconds = self.prefill_s[-1]
+        return seconds / n_tokens
+
+
+def time_in_turn(
+    works: Mapping[K, Callable[[], object]],
+    *,
+    budget_s: float,
+    progress: Progress = lambda _: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[K, float]:
+    """Median seconds of each of `works`, taken in turn until `budget_s` is over.
+
+    Each is done once more before, to warm up; there are `MIN_ROUNDS` whatever they take.
+    """
+
+    def sample(work: Callable[[], object], n_steps: int) -> float:
+        began_at = clock()
+        for _ in range(n_steps):
+            work()
+        return (clock() - began_at) / n_steps
+
+    began_at = clock()
+    n_steps: dict[K, int] = {}
+    for key, work in works.items():
+        first_s = sample(work, 1)
+        n_steps[key] = max(1, min(MAX_STEPS, round(SAMPLE_S / max(first_s, 1e-9))))
+    samples: dict[K, list[float]] = {key: [] for key in works}
+    for n_rounds in range(1, MAX_ROUNDS + 1):
+        for key, work in works.items():
+            samples[key].append(sample(work, n_steps[key]))
+        spent_s = clock() - began_at
+        progress(min(1.0, max(n_rounds / MAX_ROUNDS, spent_s / max(budget_s, 1e-9))))
+        if n_rounds >= MIN_ROUNDS and spent_s >= budget_s:
+            break
+    return {key: statistics.median(values) for key, values in samples.items()}
 
 
 def measure_blocks(
     stage: Stage,
     *,
-    rounds: int = 5,
-    decode_steps: int = 8,
+    context_length: int,
+    batches: Sequence[int] = (2, 4, 8),
+    chunks: Sequence[int] = (16, 64, 128),
+    budget_s: float = 2.0,
+    progress: Progress = lambda _: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> BlockTimes:
-    """Time `stage` on a chunk and on single tokens; leaves no session behind.
+    """Time `stage` on chunks and on single tokens; leaves no session behind.
 
     Args:
-        stage: any engine's; a few blocks are enough, and one is if it exceeds the CPU's cache.
-        rounds: how often each is timed, after one round that warms up.
-        decode_steps: tokens per round of decode.
+        stage: any engine's; of so many blocks that they do not fit the CPU's cache.
+        context_length: of the model; nothing is timed beyond it.
+        batches: sizes of batches, rising.
+        chunks: tokens of prefill chunks, rising.
+        budget_s: after so long no other round begins; there are `MIN_ROUNDS` whatever they take.
+        progress: told how far it is.
         clock: seconds, monotonic.
     """
-    if rounds < 1 or decode_steps < 1:
-        raise ValueError(f"{rounds=}, {decode_steps=}")
-    n_blocks = stage.span[1] - stage.span[0]
-    # Zeros would be honest too on a CPU without denormals; ones are on all.
-    one = np.float32(1.0).view(np.uint32) >> 16 if stage.dtype == "bf16" else 1.0
-    shape = (PREFILL_CHUNK, stage.hidden_size)
-    hidden = np.full(shape, one, NUMPY_DTYPES[stage.dtype])
-    prefill: list[float] = []
-    decode: list[float] = []
-    stage.open_session(_SESSION, PREFILL_CHUNK + decode_steps)
+    chunks = [n_tokens for n_tokens in chunks if n_tokens <= context_length] or [context_length]
+    bench = _Bench(stage, max(batches), max(chunks), min(SHALLOW, context_length - 1))
     try:
-        for _ in range(rounds + 1):
-            began_at = clock()
-            stage.forward(_SESSION, 0, hidden)
-            filled_at = clock()
-            for step in range(decode_steps):
-                stage.forward(_SESSION, PREFILL_CHUNK + step, hidden[:1])
-            decode.append((clock() - filled_at) / decode_steps)
-            prefill.append(filled_at - began_at)
+        depth = bench.dig(context_length, clock)
+        progress(0.2)
+        took_s = time_in_turn(
+            bench.works(batches, chunks),
+            budget_s=budget_s,
+            progress=lambda share: progress(0.2 + 0.8 * share),
+            clock=clock,
+        )
     finally:
-        stage.close_session(_SESSION)
-    return BlockTimes(
-        prefill_s_per_token=statistics.median(prefill[1:]) / PREFILL_CHUNK / n_blocks,
-        decode_s=statistics.median(decode[1:]) / n_blocks,
+        bench.close()
+    n_blocks = stage.span[1] - stage.span[0]
+    per_block = {name: seconds / n_blocks for name, seconds in took_s.items()}
+    gained = per_block["deep", 1] - per_block["decode", 1]
+    depth_s = max(0.0, gained / max(1, depth - bench.shallow))
+    # What the few positions before the timed ones take is left out, but no more than half.
+    attention_s = depth_s * bench.shallow
+    decode_s, *batch_decode_s = rising(
+        [
+            max(per_block["decode", n] - attention_s * n, per_block["decode", n] / 2)
+            for n in (1, *batches)
+        ]
     )
+    return BlockTimes(
+        decode_s=decode_s,
+        batch_decode_s=tuple(batch_decode_s),
+        depth_s=depth_s,
+        prefill_s=tuple((n_tokens, per_block["prefill", n_tokens]) for n_tokens in chunks),
+    )
+
+
+def rising(values: Sequence[float]) -> list[float]:
+    """The nearest values that never fall: where they do by noise, their mean takes their place."""
+    pools: list[tuple[float, int]] = []  # (mean, how many)
+    for value in values:
+        pools.append((value, 1))
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            (mean, n), (other, m) = pools.pop(), pools.pop()
+            pools.append(((mean * n + other * m) / (n + m), n + m))
+    return [mean for mean, n in pools for _ in range(n)]
+
+
+class _Bench:
+    """Sessions to take steps in: some shallow ones, one that is filled, one that gets deep."""
+
+    def __init__(self, stage: Stage, n_sessions: int, chunk: int, shallow: int) -> None:
+        self.shallow = shallow
+        self._stage = stage
+        # Zeros would be honest too on a CPU without denormals; ones are on all.
+        one = np.float32(1.0).view(np.uint32) >> 16 if stage.dtype == "bf16" else 1.0
+        self._rows: HiddenStates = np.full(
+            (max(chunk, shallow), stage.hidden_size), one, NUMPY_DTYPES[stage.dtype]
+        )
+        self._names = [f"measure-{idx}" for idx in range(n_sessions)]
+        self._filled, self._deep, self._depth = "measure-chunk", "measure-deep", 0
+        for name in self._names:
+            stage.open_session(name, shallow + 1)
+            stage.forward(name, 0, self._rows[:shallow])
+        stage.open_session(self._filled, chunk)
+
+    def works(
+        self, batches: Sequence[int], chunks: Sequence[int]
+    ) -> dict[tuple[str, int], Callable[[], object]]:
+        """Everything that is timed, by kind and number; `dig` comes first."""
+        return {
+            **{("decode", n): self._decode(n) for n in (1, *batches)},
+            **{("prefill", n): self._prefill(n) for n in chunks},
+            ("deep", 1): self._decode_deep,
+        }
+
+    def dig(self, context_length: int, clock: Callable[[], float]) -> int:
+        """Fill one session as deep as time allows; the positions that its steps attend to."""
+        chunk, room = len(self._rows), context_length - 1
+        self._prefill(chunk)()  # warms up
+        began_at = clock()
+        self._prefill(chunk)()
+        most = chunk * FILL_S / max(clock() - began_at, 1e-9)
+        depth = next((n for n in DEPTHS if n <= min(room, most)), min(DEPTHS[-1], room))
+        self._stage.open_session(self._deep, depth + 1)
+        for position in range(0, depth, chunk):
+            self._stage.forward(self._deep, position, self._rows[: min(chunk, depth - position)])
+        self._depth = depth
+        return depth
+
+    def close(self) -> None:
+        """Leave no session behind."""
+        for name in (*self._names, self._filled, self._deep):
+            self._stage.close_session(name)
+
+    def _decode(self, n: int) -> Callable[[], object]:
+        row, names = self._rows[:1], self._names[:n]
+        steps = [Step(name, self.shallow, row) for name in names]
+        return lambda: self._stage.forward_batch(steps)
+
+    def _decode_deep(self) -> object:
+        return self._stage.forward(self._deep, self._depth, self._rows[:1])
+
+    def _prefill(self, n_tokens: int) -> Callable[[], object]:
+        return lambda: self._stage.forward(self._filled, 0, self._rows[:n_tokens])

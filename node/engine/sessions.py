@@ -20,6 +20,7 @@ class SessionLength:
 
     capacity: int
     length: int
+    is_long: bool  # see `ModelConfig.is_long`
 
 
 class SessionLengths:
@@ -33,7 +34,8 @@ class SessionLengths:
         """See `Stage.open_session`; every page of the prefix counts as filled already."""
         check_capacity(self._config, session, n_tokens)
         n_filled = PAGE_TOKENS * min(len(prefix), n_tokens // PAGE_TOKENS)
-        self._sessions[session] = SessionLength(n_tokens, n_filled)
+        is_long = self._config.is_long(n_tokens)
+        self._sessions[session] = SessionLength(n_tokens, n_filled, is_long)
         return n_filled
 
     def close(self, session: str) -> None:

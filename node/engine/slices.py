@@ -22,7 +22,10 @@ from .shard import Slice
 BlockColumns: TypeAlias = Callable[[str, TensorSlice], int]
 
 ATTENTION_FIELDS = frozenset(
-    ("attn_norm", "q", "k", "v", "o", "q_bias", "k_bias", "v_bias", "q_norm", "k_norm")
+    (
+        *("attn_norm", "q", "k", "v", "o", "q_bias", "k_bias", "v_bias", "q_norm", "k_norm"),
+        "post_attn_norm",
+    )
 )
 _STORED_COLUMNS = {name: columns for name, columns, _ in TENSOR_TYPES.values()}
 
@@ -61,6 +64,11 @@ def split_of(checkpoint: Checkpoint, block_columns: BlockColumns) -> Split | Non
     if config.intermediate_size % quantum:
         return None
     return Split(config.n_kv_heads, config.intermediate_size, quantum)
+
+
+def attention_parts(parts: Mapping[str, TensorSlice]) -> dict[str, TensorSlice]:
+    """Those of `Checkpoint.block_parts` that attention takes."""
+    return {name: part for name, part in parts.items() if name in ATTENTION_FIELDS}
 
 
 def cut_block(

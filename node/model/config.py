@@ -129,15 +129,22 @@ class ModelConfig:
         return 2 * n_blocks * self.n_kv_heads * self.head_dim * itemsize
 
     @property
-    def block_weights(self) -> int:
-        """How many numbers one block holds: matrices, norms, biases, and every expert."""
+    def attention_weights(self) -> int:
+        """How many numbers one block's attention holds: matrices, norms and biases."""
         hidden, q_rows = self.hidden_size, self.n_heads * self.head_dim
         kv_rows = self.n_kv_heads * self.head_dim
         attention = 2 * hidden * (q_rows + kv_rows)
         attention += (q_rows + 2 * kv_rows) * self.has_qkv_bias
         attention += 2 * self.head_dim * self.has_qk_norm
+        return attention + hidden * (1 + self.has_post_norms)
+
+    @property
+    def block_weights(self) -> int:
+        """How many numbers one block holds: its attention's, its MLP's, and every expert."""
+        hidden = self.hidden_size
         mlp = 3 * self.intermediate_size * hidden * max(self.n_experts, 1)
-        return attention + mlp + self.n_experts * hidden + 2 * hidden * (1 + self.has_post_norms)
+        mlp += self.n_experts * hidden + hidden * (1 + self.has_post_norms)
+        return self.attention_weights + mlp
 
     def canonical(self) -> dict[str, object]:
         """The fields as JSON values, the part of a model's identity that is not weights.

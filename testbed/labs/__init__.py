@@ -13,7 +13,7 @@ from typing import Protocol
 
 from benchmarks.rows import Row
 
-from . import links, nat, paths, scenario, swarm, two_hosts
+from . import groups, links, nat, paths, plan, scenario, swarm, two_hosts
 
 
 class LabModule(Protocol):
@@ -42,6 +42,8 @@ LABS: MappingProxyType[str, LabModule] = MappingProxyType(
         "links": links,
         "nat": nat,
         "paths": paths,
+        "plan": plan,
+        "groups": groups,
         "scenario": scenario,
         "swarm": swarm,
     }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from covey.node.errors import MemberUnreachable, NotAllowed, UnknownModel
@@ -15,6 +16,7 @@ from covey.node.service import (
     FinishReason,
     GenerationRequest,
     ModelEntry,
+    PlanQuery,
     StageTiming,
     Started,
     StepTiming,
@@ -64,10 +66,16 @@ class FakeService:
     def status(self) -> dict[str, Any]:
         return self.status_facts
 
-    async def plan(self, model: str, prefer: str | None) -> dict[str, Any]:
-        if model != MODEL:
-            raise UnknownModel(model, (MODEL,))
-        return {"model": model, "prefer": prefer}
+    async def plan(self, query: PlanQuery) -> dict[str, Any]:
+        if query.model != MODEL:
+            raise UnknownModel(query.model, (MODEL,))
+        return asdict(query)
+
+    def pin_plan(self, model: str, plan: Mapping[str, Any]) -> dict[str, Any]:
+        return {"model": model, "pinned": plan}
+
+    def unpin_plan(self, model: str) -> dict[str, Any]:
+        return {"model": model, "was_pinned": True}
 
     def invite(self, *, ttl_s: float, uses: int) -> str:
         self.invites.append((ttl_s, uses))

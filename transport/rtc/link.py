@@ -68,6 +68,7 @@ class RtcLink:
 
     kind = LinkKind.WEBRTC
     remote = None  # there may be a router in between for UDP only
+    packets = None  # the library does not say
 
     def __init__(self, channel: Channel, *, peer_id: str, is_dialer: bool) -> None:
         self.peer_id = peer_id

@@ -21,7 +21,7 @@ from covey.transport.errors import (
     TransportError,
 )
 from covey.transport.frame import Frame
-from covey.transport.link import Link, LinkKind
+from covey.transport.link import Link, LinkKind, Packets
 from covey.transport.messages import Ack, Failure, Receipt
 from covey.transport.tasks import Tasks
 
@@ -84,6 +84,11 @@ class SteadyLink:
     def bytes_received(self) -> int:
         """Over all carriers."""
         return self._received_before + self._last.bytes_received
+
+    @property
+    def packets(self) -> Packets | None:
+        """Of this carrier."""
+        return self._last.packets
 
     @property
     def needs_carrier(self) -> bool:

@@ -21,7 +21,7 @@ from covey.cli.child import NodeProcess, wait_for
 from covey.cli.processes import wait_until_gone
 from covey.client import Client
 from covey.node.model.sampling import SamplingParams
-from support.swarm import LOOPBACK, MODEL, Swarm, covey
+from support.swarm import LOOPBACK, MODEL, PLAN_S, Swarm, covey
 
 pytestmark = [pytest.mark.network, pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -108,6 +108,46 @@ def test_plan_shows_the_active_one_and_why_one_machine_is_not_enough(swarm: Swar
     assert facts["single"] is None
     assert facts["no_single_because"]
     assert facts["points"]
+
+
+def test_a_plan_of_ones_own_is_pinned_and_let_go(swarm: Swarm, tmp_path: Path) -> None:
+    at_first = swarm.head.plan(MODEL)["active"]
+    pinned = {"pipelines": at_first["pipelines"]}
+    turned = pinned["pipelines"][0]["stages"]
+    for stage, members in zip(turned, [stage["members"] for stage in turned[::-1]], strict=True):
+        stage["members"] = [{"name": members[0]["name"]}]
+        stage["hub"] = members[0]["name"]
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(pinned))
+    wanted = [stage["hub"] for stage in turned]
+    try:
+        done = facts_of("plan", MODEL, "--apply-file", str(path), *home_of(swarm, 1))
+        assert [stage["hub"] for stage in done["pipelines"][0]["stages"]] == wanted
+        # Whoever proposes heeds it, whoever pinned it.
+        wait_for(lambda: _order(swarm) == wanted, PLAN_S, "the pinned plan does not run")
+        facts = swarm.members[2].client.plan(MODEL)
+        assert (facts["pinned"]["by"], facts["pinned"]["why_not"]) == ("node-1", None)
+        assert facts["because"] == "it is pinned"
+        assert swarm.head.generate("Once", model=MODEL, max_tokens=4, temperature=0.0).text
+    finally:
+        assert facts_of("plan", MODEL, "--unpin", *home_of(swarm, 2))["was_pinned"]
+    assert swarm.members[2].client.plan(MODEL)["pinned"] is None
+    wait_for(swarm.is_planned, PLAN_S, "no plan over all members")
+
+
+def _order(swarm: Swarm) -> list[str]:
+    plans = [member.client.plan(MODEL)["active"] for member in swarm.members]
+    orders = [[stage["name"] for stage in plan["stages"]] if plan else [] for plan in plans]
+    return orders[0] if all(order == orders[0] for order in orders) else []
+
+
+def test_a_plan_that_cannot_run_is_not_pinned(swarm: Swarm, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    stage = {"span": [0, 30], "members": [{"name": "node-1"}]}
+    path.write_text(json.dumps({"pipelines": [{"stages": [stage]}]}))
+    line = refusal_of("plan", MODEL, "--apply-file", str(path), *home_of(swarm, 0))
+    assert "node-1 takes at most 11 blocks, not 30" in line
+    assert "no plan number 99" in refusal_of("plan", "--apply", "99", *home_of(swarm, 0))
 
 
 def test_models_lists_the_swarms(swarm: Swarm) -> None:

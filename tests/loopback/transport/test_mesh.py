@@ -34,8 +34,10 @@ from covey.transport.invite import Invite
 from covey.transport.joining import redeem
 from covey.transport.liveness import LivenessRules
 from covey.transport.membership import Swarm
+from covey.transport.memory import memory_link_pair
 from covey.transport.messages import Beat, Forward, Hello, SessionOpened
 from covey.transport.preamble import NONCE_BYTES, PREAMBLE_BYTES, build_preamble
+from covey.transport.steady.link import SteadyLink
 from support import mesh_process
 from support.meshes import Node, beat, open_session, swarm_of
 
@@ -123,6 +125,18 @@ async def test_callers_at_once_share_one_dial(stack: AsyncExitStack) -> None:
     a, b = await swarm_of(stack, 2)
     peers = await asyncio.gather(*(a.mesh.peer(b.id) for _ in range(5)))
     assert len({id(peer) for peer in peers}) == 1
+
+
+async def test_a_link_that_comes_up_when_a_mesh_has_closed_ends_at_once(
+    stack: AsyncExitStack,
+) -> None:
+    (a,) = await swarm_of(stack, 1)
+    near, far = memory_link_pair("a", "b")
+    await a.mesh.aclose()
+    a.mesh.take_up(SteadyLink(near, bytes(16)), a.mesh.contact(near.peer_id))
+    with pytest.raises(LinkBroken):
+        await far.receive()
+    assert not a.mesh.peers
 
 
 async def test_another_secret_is_refused_in_silence(stack: AsyncExitStack) -> None:

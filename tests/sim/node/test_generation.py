@@ -127,7 +127,7 @@ class Bench:
             assert node.server.n_sessions == 0
             for stage in node.server.stages.values():
                 assert stage.leases.free_bytes == stage.leases.capacity_bytes
-                assert stage.engine._sessions == {}  # type: ignore[attr-defined]
+                assert stage.engine._caches == {}  # type: ignore[attr-defined]
 
 
 @asynccontextmanager

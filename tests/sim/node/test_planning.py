@@ -88,7 +88,9 @@ class Member:
         self.views = Views(self.replica)
         self.switch = Switch(name, cast("Any", None))
         self.server = StageServer(self.switch, cast("Any", self.loader), self.clock)
-        peer = SimpleNamespace(busy=False, rtt_s=1e-3, kind=LinkKind.DIRECT, measure=self._measured)
+        peer = SimpleNamespace(
+            busy=False, rtt_s=1e-3, kind=LinkKind.DIRECT, packets=None, measure=self._measured
+        )
         self.mesh = SimpleNamespace(peers={}, peer=self._answer(peer))
         self.replica.on_local(lambda envelope: swarm.spread(name, envelope))
         self.planning = Planning(cast("Any", self))
@@ -158,7 +160,9 @@ def model(tmp_path: Path) -> LocalModel:
 def equal_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is measured here in earnest would differ from run to run."""
 
-    def profile(model: LocalModel, config: NodeConfig, peer_id: str, _: Home) -> DeviceProfile:
+    def profile(
+        model: LocalModel, config: NodeConfig, peer_id: str, _: Home, *, progress: object
+    ) -> DeviceProfile:
         return DeviceProfile(
             peer_id=peer_id,
             model_digest=model.digest,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from covey.node.engine.tensors import HiddenStates
 from covey.node.hidden import BeyondCodec, WrongTensor, is_finite, pack, unpack
 from covey.node.switch import code_of
 from covey.transport.errors import ErrorCode
 from covey.transport.frame import Tensor
+from covey.transport.messages import Codec
 from support.node_core import HIDDEN, rows
 
 
@@ -96,3 +98,62 @@ def test_bf16_bits_are_judged_by_their_exponent(bits: int, finite: bool) -> None
 @pytest.mark.parametrize(("value", "finite"), [(3e38, True), (np.inf, False), (np.nan, False)])
 def test_fp32_is_judged_by_its_values(value: float, finite: bool) -> None:
     assert is_finite(np.array([[0.0, value]], np.float32), "fp32") is finite
+
+
+def lossy(codec: Codec) -> tuple[HiddenStates, Tensor]:
+    hidden = np.random.default_rng(1).standard_normal((2, 130)).astype(np.float32)
+    return hidden, pack(hidden, "fp32", codec)
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4"])
+def test_a_value_far_above_the_others_spoils_its_group_under_int8_and_none_under_int4(
+    codec: Codec,
+) -> None:
+    hidden, _ = lossy(codec)
+    hidden[0, 5] = 3000.0
+    tensor = pack(hidden, "fp32", codec)
+    back = unpack(tensor, "fp32", codec, hidden_size=130, max_tokens=2)
+    neighbours = np.abs(back - hidden)[0, 6:32].max()
+    assert neighbours > 1 if codec == "int8" else neighbours < 0.5
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])
+def test_lossy_codecs_refuse_what_they_cannot_hold(codec: Codec, value: float) -> None:
+    hidden, _ = lossy(codec)
+    hidden[1, 7] = value
+    with pytest.raises(BeyondCodec):
+        pack(hidden, "fp32", codec)
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4"])
+def test_scales_that_are_not_finite_are_a_violation(codec: Codec) -> None:
+    _, tensor = lossy(codec)
+    data = bytearray(tensor.data)
+    at = 130 if codec == "int8" else 65
+    data[at : at + 2] = np.float16(np.inf).tobytes()
+    hostile = Tensor("u8", tensor.shape, bytes(data))
+    with pytest.raises(WrongTensor):
+        unpack(hostile, "fp32", codec, hidden_size=130, max_tokens=2)
+
+
+@pytest.mark.parametrize("place", [130, 65535, 0])
+def test_places_beyond_the_row_or_out_of_order_are_a_violation(place: int) -> None:
+    _, tensor = lossy("int4")
+    width = tensor.shape[1]
+    data = bytearray(tensor.data)
+    data[width - 2 : width] = np.uint16(place).tobytes()  # the last of the first row
+    with pytest.raises(WrongTensor):
+        unpack(
+            Tensor("u8", tensor.shape, bytes(data)), "fp32", "int4", hidden_size=130, max_tokens=2
+        )
+
+
+def test_rows_that_are_no_whole_groups_and_rows_of_zeros_survive() -> None:
+    codecs: list[Codec] = ["int8", "int4"]
+    for codec in codecs:
+        for width in (1, 31, 33, 65):
+            zeros = np.zeros((3, width), np.float32)
+            tensor = pack(zeros, "fp32", codec)
+            back = unpack(tensor, "fp32", codec, hidden_size=width, max_tokens=3)
+            assert np.array_equal(back, zeros)

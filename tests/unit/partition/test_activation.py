@@ -18,7 +18,7 @@ from covey.partition.activation import (
     transfer_s,
     valid_proposals,
 )
-from covey.partition.plan import LayerPlan, Prediction
+from covey.partition.plan import LayerPlan, Member, Pipeline, Prediction, Span, StagePlan
 from support.plans import device, layout, link, plan
 
 DEVICES = {name: device(name) for name in "abc"}
@@ -93,6 +93,74 @@ def test_a_plan_beyond_what_a_device_gives_is_refused() -> None:
         assert valid_proposals([OLD], layout(), {**DEVICES, "b": small}, {}) == []
 
 
+SPLIT = replace(layout(), n_kv_heads=2, mlp_columns=128, mlp_quantum=32, attention_share=0.5)
+
+
+def grouped(*members: Member, start: int = 0, end: int = 4, epoch: int = 1) -> LayerPlan:
+    stage = StagePlan(Span(start, end), members)
+    memory = tuple((member.peer_id, 1) for member in members)
+    return replace(
+        plan(("a", 0, 4), epoch=epoch),
+        pipelines=(Pipeline.of((stage,)),),
+        prediction=replace(OLD.prediction, memory_bytes=memory),
+    )
+
+
+EVEN = grouped(Member("a", 1, 64), Member("b", 1, 64))
+
+
+def test_a_group_whose_shares_are_the_whole_of_each_block_may_be_loaded() -> None:
+    assert valid_proposals([EVEN], SPLIT, DEVICES, {}) == [EVEN]
+    uneven = grouped(Member("a", 2, 96), Member("b", 0, 32))
+    assert valid_proposals([uneven], SPLIT, DEVICES, {}) == [uneven]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        grouped(Member("a", 1, 64), Member("b", 2, 64)),
+        grouped(Member("a", 1, 64), Member("b", 0, 64)),
+        grouped(Member("a", 1, 64), Member("b", 1, 32)),
+        grouped(Member("a", 1, 48), Member("b", 1, 80)),
+        grouped(Member("a", 1, 64), Member("stranger", 1, 64)),
+        grouped(Member("a", 1, 64), Member("b", 1, 64), end=3),
+    ],
+)
+def test_a_group_with_wrong_shares_members_or_blocks_is_refused(wrong: LayerPlan) -> None:
+    assert valid_proposals([wrong], SPLIT, DEVICES, {}) == []
+
+
+def test_a_group_for_a_model_that_cannot_be_split_is_refused() -> None:
+    assert valid_proposals([EVEN], layout(), DEVICES, {}) == []
+
+
+def test_a_spoke_gives_room_for_its_share_and_no_more() -> None:
+    for memory, n_valid in ((200, 1), (199, 0)):
+        devices = {**DEVICES, "b": device("b", memory=memory)}
+        assert len(valid_proposals([EVEN], SPLIT, devices, {})) == n_valid
+    capped = {**DEVICES, "b": device("b", max_blocks=3)}
+    assert valid_proposals([EVEN], SPLIT, capped, {}) == []
+
+
+def test_blocks_that_stream_take_no_room_but_for_two() -> None:
+    stage = StagePlan.alone("a", 0, 4, streamed_blocks=4)
+    streamed = replace(plan(("a", 0, 4)), pipelines=(Pipeline.of((stage,)),))
+    for memory, n_valid in ((200, 1), (199, 0)):
+        devices = {"a": device("a", memory=memory)}
+        assert len(valid_proposals([streamed], layout(), devices, {})) == n_valid
+
+
+def test_of_several_pipelines_each_is_judged() -> None:
+    both = replace(
+        OLD,
+        pipelines=(*OLD.pipelines, *plan(("c", 0, 4)).pipelines),
+        prediction=replace(OLD.prediction, memory_bytes=tuple((peer, 1) for peer in "abc")),
+    )
+    assert valid_proposals([both], layout(), DEVICES, {}) == [both]
+    small = {**DEVICES, "c": device("c", memory=399)}
+    assert valid_proposals([both], layout(), small, {}) == []
+
+
 def test_a_plan_from_or_with_a_revoked_member_is_refused() -> None:
     by_c = replace(OLD, proposer="c")
     assert valid_proposals([OLD, by_c], layout(), DEVICES, {}, members="ab") == [OLD]
@@ -152,3 +220,25 @@ def test_only_new_blocks_are_transferred() -> None:
     assert transfer_s(OLD, NEW, layout(), DEVICES, slow) == pytest.approx(2.0)
     assert transfer_s(None, NEW, layout(), DEVICES, slow) == pytest.approx(200 / 1e6)
     assert transfer_s(OLD, NEW, layout(), {"a": device("a")}, slow) == math.inf
+
+
+def test_of_a_grown_share_only_the_rest_is_transferred() -> None:
+    slow = [link("a", "b", bandwidth=100.0)]
+
+    def moved_s(before: LayerPlan, after: LayerPlan) -> float:
+        return transfer_s(before, after, SPLIT, DEVICES, slow)
+
+    assert moved_s(EVEN, EVEN) == 0.0
+    more = grouped(Member("a", 1, 32), Member("b", 1, 96))
+    assert moved_s(EVEN, more) == pytest.approx(0.5 * 400 * 32 / 128 / 100)
+    assert moved_s(more, EVEN) == pytest.approx(0.5 * 400 * 32 / 128 / 100)
+    # Who ran all of a block alone has every share of it.
+    alone = plan(("a", 0, 4))
+    assert moved_s(alone, EVEN) == pytest.approx(200 / 100)
+    assert moved_s(EVEN, alone) == pytest.approx(200 / 100)
+
+
+def test_members_that_change_places_transfer_their_whole_shares() -> None:
+    slow = [link("a", "b", bandwidth=100.0)]
+    swapped = grouped(Member("b", 1, 64), Member("a", 1, 64))
+    assert transfer_s(EVEN, swapped, SPLIT, DEVICES, slow) == pytest.approx(200 / 100)

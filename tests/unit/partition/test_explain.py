@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 
-import pytest
-
 from covey.partition.cost import predict
-from covey.partition.explain import Explanation, bound_by, explain
+from covey.partition.evaluate import World
+from covey.partition.explain import Explanation, explain
 from covey.partition.plan import Pipeline
 from covey.partition.profile import LinkProfile, Workload
 from covey.partition.search import Candidate, Front, pareto_front
@@ -28,11 +27,8 @@ def explained(spans: list[tuple[str, int, int]], links: list[LinkProfile]) -> Ex
     return explain(
         Candidate(pipelines=(Pipeline.of(made),), prediction=prediction),
         front_over(links),
-        layout(4),
-        DEVICES,
-        links,
+        World(layout=layout(4), devices=DEVICES, links=tuple(links), request=REQUEST),
         prefer="latency",
-        request=REQUEST,
         names=NAMES,
     )
 
@@ -72,12 +68,3 @@ def test_a_busy_device_is_what_bounds_the_throughput() -> None:
 def test_the_value_form_is_json() -> None:
     told = explained([("a", 0, 2), ("b", 2, 4)], [link("a", "b")])
     assert json.loads(json.dumps(told.to_value()))["is_chosen"] is False
-
-
-@pytest.mark.parametrize("names", [None, NAMES])
-def test_bound_by_is_one_line(names: dict[str, str] | None) -> None:
-    line = bound_by(stages(("a", 0, 4)), layout(4), DEVICES, [], names=names)
-    assert (
-        line
-        == f"most of a token's 41 ms: {(names or {}).get('a', 'a')} computes blocks 0 to 3 in 40 ms"
-    )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from covey.partition.cost import predict
 from covey.partition.errors import InvalidPlan
+from covey.partition.plan import StagePlan
 from covey.partition.profile import DeviceProfile, LinkProfile, ModelLayout, Workload
 from support.plans import device, layout, link
 
@@ -41,6 +44,24 @@ def test_fields_of_a_newer_version_are_ignored() -> None:
         ("peer_id", "\u0430"),
         ("disk_bytes_per_s", 0.0),
         ("measured_at", -1.0),
+        ("measured_at", math.nan),
+        ("batch_decode_s_per_block", [0.1, 0.2]),
+        ("batch_decode_s_per_block", [0.1, 0.2, math.nan]),
+        ("batch_head_s", [0.1, 0.2, -0.3]),
+        ("batch_head_s", [0.1, 0.2, 0.0]),
+        ("depth_s_per_block", -1e-9),
+        ("depth_s_per_block", math.inf),
+        ("prefill_s_per_block", [[16, 0.1], [16, 0.2]]),
+        ("prefill_s_per_block", [[64, 0.1], [16, 0.2]]),
+        ("prefill_s_per_block", [[0, 0.1]]),
+        ("prefill_s_per_block", [[16, math.nan]]),
+        ("prefill_s_per_block", [[n, 0.1] for n in range(1, 18)]),
+        ("step_s", -1.0),
+        ("split_s_per_block", math.nan),
+        ("n_cores", 0),
+        ("busy_share", 1.1),
+        ("busy_share", math.nan),
+        ("version", -1),
     ],
 )
 def test_a_device_out_of_bounds_is_refused(field: str, wrong: object) -> None:
@@ -55,7 +76,12 @@ def test_a_device_out_of_bounds_is_refused(field: str, wrong: object) -> None:
         ("kind", "pigeon"),
         ("loss", 1.0),
         ("rtt_s", -1.0),
+        ("rtt_s", math.nan),
+        ("loss", -0.1),
         ("bandwidth_bytes_per_s", 0.0),
+        ("bandwidth_bytes_per_s", -1.0),
+        ("bandwidth_bytes_per_s", math.nan),
+        ("bandwidth_bytes_per_s", math.inf),
     ],
 )
 def test_a_link_out_of_bounds_is_refused(field: str, wrong: object) -> None:
@@ -70,6 +96,15 @@ def test_a_link_out_of_bounds_is_refused(field: str, wrong: object) -> None:
 def test_a_layout_out_of_bounds_is_refused(field: str, wrong: object) -> None:
     with pytest.raises(InvalidPlan):
         ModelLayout.from_value({**layout(4).to_value(), field: wrong})
+
+
+@pytest.mark.parametrize("measured_at", [0.0, 1e11])
+def test_a_profile_from_long_ago_or_from_the_future_plans_like_any_other(
+    measured_at: float,
+) -> None:
+    dated = replace(device("a"), measured_at=measured_at)
+    alone = [StagePlan.alone("a", 0, 4)]
+    assert predict(alone, layout(4), [dated], []) == predict(alone, layout(4), [device("a")], [])
 
 
 @pytest.mark.parametrize("value", [None, [], "text", {}, {"a": 1}])

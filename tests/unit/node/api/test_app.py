@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -387,13 +387,56 @@ async def test_control() -> None:
         client.headers.update(CONTROL)
         assert (await client.get("/covey/status")).json() == service.status_facts
         plan = await client.get("/covey/plan", params={"model": MODEL, "prefer": "latency"})
-        assert plan.json() == {"model": MODEL, "prefer": "latency"}
+        assert (plan.json()["model"], plan.json()["prefer"]) == (MODEL, "latency")
         invite = await client.post("/covey/invite", json={"ttl_s": 60, "uses": 2})
         assert invite.json() == {"invite": "covey1abc"}
         await client.post("/covey/invite")
         assert service.invites == [(60.0, 2), (3600.0, 1)]
         await client.post("/covey/stop")
     assert service.was_stopped
+
+
+async def test_a_look_at_plans_may_ask_for_more() -> None:
+    async with client_of(FakeService()) as client:
+        query: Mapping[str, str | float | list[str]] = {
+            "model": MODEL,
+            "max_ttft_s": 2.5,
+            "min_throughput": 7,
+            "prompt_tokens": 64,
+            "sessions": 2,
+            "advice": True,
+            "why": "kitchen",
+            "what_if": ["add=pi5,link=lan", "remove=attic"],
+        }
+        asked = (await client.get("/covey/plan", params=query, headers=CONTROL)).json()
+    assert asked == {
+        "model": MODEL,
+        "prefer": None,
+        "max_ttft_s": 2.5,
+        "min_throughput_tok_per_s": 7.0,
+        "prompt_tokens": 64,
+        "n_sessions": 2,
+        "advice": True,
+        "why": "kitchen",
+        "what_if": ["add=pi5,link=lan", "remove=attic"],
+    }
+
+
+async def test_a_plan_is_pinned_and_let_go() -> None:
+    async with client_of(FakeService()) as client:
+        client.headers.update(CONTROL)
+        body = {"model": MODEL, "plan": {"pipelines": []}}
+        done = await client.post("/covey/plan/pin", json=body)
+        assert done.json() == {"model": MODEL, "pinned": {"pipelines": []}}
+        done = await client.post("/covey/plan/unpin", json={"model": MODEL})
+        assert done.json() == {"model": MODEL, "was_pinned": True}
+
+
+@pytest.mark.parametrize("body", [{}, {"model": MODEL}, {"model": MODEL, "plan": []}])
+async def test_a_pin_names_a_model_and_holds_a_plan(body: dict[str, object]) -> None:
+    async with client_of(FakeService()) as client:
+        answer = await client.post("/covey/plan/pin", json=body, headers=CONTROL)
+    assert answer.status_code == 400
 
 
 async def test_members_are_listed_removed_and_allowed() -> None:
@@ -467,6 +510,10 @@ async def test_members_need_the_control_key() -> None:
         ("", 400, "model"),
         ("?model=tiny&prefer=magic", 400, "prefer"),
         ("?model=other", 404, "model"),
+        ("?model=tiny&max_ttft_s=0", 400, "max_ttft_s"),
+        ("?model=tiny&min_throughput=nan", 400, "min_throughput"),
+        ("?model=tiny&sessions=many", 400, "sessions"),
+        ("?model=tiny" + "&what_if=x" * 17, 400, "what_if"),
     ],
 )
 async def test_a_wrong_query_is_refused_by_name(query: str, status: int, param: str) -> None:

@@ -17,7 +17,7 @@ from covey.node.engine.errors import (
 )
 from covey.node.engine.generate import generate, generate_text, prefill_chunks
 from covey.node.engine.head import Head, load_head
-from covey.node.engine.measure import measure_blocks
+from covey.node.engine.measure import measure_blocks, rising
 from covey.node.engine.stage import Stage
 from covey.node.engine.tensors import NUMPY_DTYPES, EngineDtype, HiddenStates
 from covey.node.engine.torch_stage import load_stage
@@ -233,10 +233,32 @@ def test_text_stops_at_a_stop_text(checkpoint: Checkpoint) -> None:
 
 
 def test_measuring_leaves_no_session_and_takes_medians(stage: Stage) -> None:
-    ticks = iter(float(second) for second in range(100))
-    times = measure_blocks(stage, rounds=3, decode_steps=4, clock=lambda: next(ticks))
-    # A fake clock that gains a second per reading: one for the chunk, one for the four steps.
+    ticks = iter(float(second) for second in range(10_000))
+    shares: list[float] = []
+    times = measure_blocks(
+        stage, context_length=512, clock=lambda: next(ticks), progress=shares.append
+    )
+    # A fake clock that gains a second per reading, so each sample is one step of a second.
+    assert times.decode_s == pytest.approx(1 / 2)
+    assert times.batch_decode_s == pytest.approx((1 / 2,) * 3)
+    assert times.prefill_s == ((16, 1 / 2), (64, 1 / 2), (128, 1 / 2))
     assert times.prefill_s_per_token == pytest.approx(1 / 128 / 2)
-    assert times.decode_s == pytest.approx(1 / 4 / 2)
-    with pytest.raises(UnknownSession):
-        stage.forward("measure", 0, np.zeros((1, 32), NUMPY_DTYPES[stage.dtype]))
+    assert times.depth_s == 0.0
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+    for name in ("measure-0", "measure-chunk", "measure-deep"):
+        with pytest.raises(UnknownSession):
+            stage.forward(name, 0, np.zeros((1, 32), NUMPY_DTYPES[stage.dtype]))
+
+
+def test_a_model_with_little_context_is_measured_within_it(stage: Stage) -> None:
+    times = measure_blocks(stage, context_length=24, budget_s=0.0)
+    assert [n_tokens for n_tokens, _ in times.prefill_s] == [16]
+    assert times.decode_s > 0
+
+
+def test_times_of_larger_batches_are_made_to_never_fall() -> None:
+    assert rising([1.0, 2.0, 4.0]) == [1.0, 2.0, 4.0]
+    assert rising([1.0, 3.0, 2.0, 4.0]) == [1.0, 2.5, 2.5, 4.0]
+    assert rising([3.0, 2.0, 1.0]) == [2.0, 2.0, 2.0]
+    assert rising([]) == []

@@ -1,0 +1,58 @@
+"""What one world leads to: its front, or what a plan that is given should do in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .cost import predict_all
+from .errors import PartitionError
+from .memory import block_cap
+from .plan import Pipeline
+from .profile import DeviceProfile, LinkProfile, ModelLayout, Workload
+from .search import Candidate, Front, pareto_front
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """What there is to plan with, and for what."""
+
+    layout: ModelLayout
+    devices: Mapping[str, DeviceProfile]
+    links: tuple[LinkProfile, ...]
+    request: Workload
+
+
+def evaluate(pipelines: Sequence[Pipeline], world: World) -> Candidate:
+    """Pipelines with what they should do by the profiles of `world`.
+
+    Raises:
+        PartitionError: the profiles do not say.
+    """
+    prediction = predict_all(
+        pipelines, world.layout, world.devices.values(), world.links, request=world.request
+    )
+    return Candidate(pipelines=tuple(pipelines), prediction=prediction)
+
+
+def is_held(candidate: Candidate, world: World) -> bool:
+    """Whether every member has the memory for its part, KV cache included, and takes its blocks."""
+    memory_fits = all(
+        n_bytes <= world.devices[peer_id].memory_bytes
+        for peer_id, n_bytes in candidate.prediction.memory_bytes
+    )
+    return memory_fits and all(
+        stage.span.n_blocks <= block_cap(world.devices[peer_id])
+        for stage in candidate.stages
+        for peer_id in stage.peers
+    )
+
+
+def front_or_reason(world: World) -> Front | PartitionError:
+    """The front, or why there is none: both are worth remembering."""
+    try:
+        return pareto_front(
+            world.layout, world.devices.values(), world.links, request=world.request
+        )
+    except PartitionError as error:
+        return error

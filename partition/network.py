@@ -1,0 +1,93 @@
+"""The measured links, and what hidden states take across one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .profile import LinkKind, LinkProfile
+from .speed import on_grid
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BorderTerm:
+    """What one border costs; all zero where both sides are one device."""
+
+    sender: str
+    receiver: str
+    kind: LinkKind | None  # None: no link, sender and receiver are one device
+    latency_s: float  # one way, with the expected resends
+    wire_s: float  # bytes of one token / bandwidth
+    chunk_wire_s: float  # bytes of one prefill chunk / bandwidth
+    token_bytes: int = 0  # on the wire, indices included
+
+    @property
+    def decode_s(self) -> float:
+        """From the last byte computed to the last byte received, one token."""
+        return self.batch_s(1)
+
+    def batch_s(self, n_sessions: int) -> float:
+        """The same of a message with a token of each session."""
+        return self.latency_s + n_sessions * self.wire_s
+
+    @property
+    def chunk_s(self) -> float:
+        """The same of one prefill chunk."""
+        return self.latency_s + self.chunk_wire_s
+
+
+class Network:
+    """The measured links, by direction.
+
+    A direction nobody measured counts as its opposite; a pair without any measurement cannot be
+    used. Of several measurements of one direction the worse of each figure counts.
+    """
+
+    def __init__(self, links: Iterable[LinkProfile]) -> None:
+        measured: dict[tuple[str, str], LinkProfile] = {}
+        for link in links:
+            known = measured.get((link.a, link.b))
+            measured[link.a, link.b] = _worse(known, link) if known else link
+        self._links = measured
+
+    def link(self, sender: str, receiver: str) -> LinkProfile | None:
+        """The link that carries bytes from `sender` to `receiver`."""
+        return self._links.get((sender, receiver)) or self._links.get((receiver, sender))
+
+    def border(
+        self, sender: str, receiver: str, *, token_bytes: int, chunk_tokens: float
+    ) -> BorderTerm | None:
+        """The terms of a border; None when the two cannot reach each other."""
+        if sender == receiver:
+            return BorderTerm(
+                sender=sender, receiver=receiver, kind=None, latency_s=0, wire_s=0, chunk_wire_s=0
+            )
+        link = self.link(sender, receiver)
+        if link is None:
+            return None
+        per_byte_s = 1.0 / link.bandwidth_bytes_per_s
+        return BorderTerm(
+            sender=sender,
+            receiver=receiver,
+            kind=link.kind,
+            latency_s=on_grid(one_way_s(link)),
+            wire_s=on_grid(token_bytes * per_byte_s),
+            chunk_wire_s=on_grid(token_bytes * chunk_tokens * per_byte_s),
+            token_bytes=token_bytes,
+        )
+
+
+def one_way_s(link: LinkProfile) -> float:
+    """Half a round trip, and about a whole one for each message that has to be sent again."""
+    return link.rtt_s * (0.5 + link.loss)
+
+
+def _worse(one: LinkProfile, other: LinkProfile) -> LinkProfile:
+    return LinkProfile(
+        a=one.a,
+        b=one.b,
+        rtt_s=max(one.rtt_s, other.rtt_s),
+        bandwidth_bytes_per_s=min(one.bandwidth_bytes_per_s, other.bandwidth_bytes_per_s),
+        kind=max(one.kind, other.kind),  # only to be independent of order; no figure rests on it
+        loss=max(one.loss, other.loss),
+    )

@@ -1,0 +1,160 @@
+"""Asks the node of one machine for texts, many at a time, and for facts, without a process for it.
+
+A command on a machine costs half a second of a core that emulated nodes want. So threads of this
+process go to the machine instead, and stay there with their connections.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from covey.client import Client, Generation
+from covey.errors import CoveyError
+
+from .machines import Machine
+
+T = TypeVar("T")
+
+TIMEOUT_S = 120.0  # of silence
+# Token ids that are ordinary words, or parts of them, in every model that labs use.
+WORDS = range(1000, 30000)
+# Of the same models: ends of text, which would make a short text of a long one.
+ENDS = {0: -100.0, 1: -100.0, 2: -100.0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """One text, as it came; instants are of `time.monotonic`."""
+
+    asked_at: float
+    came_at: tuple[float, ...]  # pieces of text: nearly always one for each token
+    text: str
+    n_tokens: int
+    ttft_s: float  # as the node says, like the next
+    tpot_s: float
+    stages_s: float  # compute of all stages in one decode step, as they say
+    head_s: float  # the head's own work in one
+
+
+class Asker:
+    """Threads on one machine that ask its node; `with` ends them."""
+
+    def __init__(self, machine: Machine, model: str, *, n_threads: int, seed: int = 0) -> None:
+        """Go there; the node must be up.
+
+        Args:
+            machine: where its node is, or was restarted.
+            model: what all texts are asked of.
+            n_threads: texts at once.
+            seed: of the prompts; no two prompts of one asker are alike.
+        """
+        self._model = model
+        self._random = random.Random(seed)  # noqa: S311  words of prompts, no secrets
+        self._pool = ThreadPoolExecutor(n_threads, initializer=machine.host.stay)
+        self._client = self._on_machine(lambda: Client(home=machine.home, timeout=TIMEOUT_S))
+
+    def __enter__(self) -> Self:
+        """Itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close its connections, which ends texts that still come."""
+        self._client.close()
+        self._pool.shutdown(cancel_futures=True)
+
+    def call(self, ask: Callable[[Client], T]) -> T:
+        """What a call of the client returns or raises."""
+        return self._on_machine(lambda: ask(self._client))
+
+    def plan(self) -> dict[str, Any]:
+        """The facts of `covey plan`."""
+        return self.call(lambda client: client.plan(self._model))
+
+    def status(self) -> dict[str, Any]:
+        """The facts of `covey status`."""
+        return self.call(lambda client: client.status())
+
+    def session(self, n_prompt: int, n_tokens: int) -> Session:
+        """One text alone."""
+        return self.begin(n_prompt, n_tokens).result()
+
+    def begin(
+        self, n_prompt: int, n_tokens: int, *, prompt: Sequence[int] | None = None
+    ) -> Future[Session]:
+        """Begin a text of exactly so many tokens; raises CoveyError in the future.
+
+        Args:
+            n_prompt: tokens of a prompt that nobody has seen before.
+            n_tokens: of the text, which no end-of-text token ends.
+            prompt: instead of one of that many random words.
+        """
+        if prompt is None:
+            prompt = [self._random.choice(WORDS) for _ in range(n_prompt)]
+        return self._pool.submit(self._ask, list(prompt), n_tokens)
+
+    def _ask(self, prompt: list[int], n_tokens: int) -> Session:
+        asked_at = time.monotonic()
+        with self._client.generate(
+            prompt,
+            model=self._model,
+            stream=True,
+            max_tokens=n_tokens,
+            temperature=0.0,
+            logit_bias=ENDS,
+        ) as stream:
+            came_at = [time.monotonic() for _ in stream]
+            answer = stream.result
+        return _session(asked_at, came_at, answer, n_tokens)
+
+    def _on_machine(self, job: Callable[[], T]) -> T:
+        return self._pool.submit(job).result()
+
+
+def _session(
+    asked_at: float, came_at: Sequence[float], answer: Generation, n_tokens: int
+) -> Session:
+    timing, n_came = answer.timing, answer.usage.completion_tokens
+    if timing is None or n_came != n_tokens or n_tokens < 2:
+        raise CoveyError(f"a text of {n_came} tokens came where {n_tokens} were asked for")
+    n_steps = n_tokens - 1
+    return Session(
+        asked_at=asked_at,
+        came_at=tuple(came_at),
+        text=answer.text,
+        n_tokens=n_tokens,
+        ttft_s=timing.ttft_s,
+        tpot_s=timing.decode_s / n_steps,
+        stages_s=timing.steps.stages_s / n_steps,
+        head_s=timing.steps.head_s / n_steps,
+    )
+
+
+def tokens_per_s(sessions: Sequence[Session]) -> float:
+    """How fast tokens come while all of several sessions decode.
+
+    Between the moment when the last of them has its first piece and the moment when the first of
+    them has its last one. Pieces are taken for as many tokens as there were in each text.
+
+    Raises:
+        CoveyError: there is no such time; they were too short.
+    """
+    begin = max(session.came_at[0] for session in sessions)
+    end = min(session.came_at[-1] for session in sessions)
+    if end <= begin:
+        raise CoveyError("no moment saw all sessions decode: their texts are too short")
+    n_came = sum(
+        sum(begin < at <= end for at in session.came_at) * session.n_tokens / len(session.came_at)
+        for session in sessions
+    )
+    return n_came / (end - begin)

@@ -1,0 +1,146 @@
+"""What a node says of its links: measured once, refined quietly, anew when the way is another."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, cast
+
+from covey.node.links import (
+    LOSS_PACKETS,
+    NOTE_EVERY_S,
+    REMEASURE_CHANGED_S,
+    LinkMeter,
+    LossMeter,
+)
+from covey.transport.errors import LinkTimeout
+from covey.transport.link import LinkKind, Packets
+from support.virtual_time import VirtualTimeLoop
+
+
+class Peer:
+    """What the meter sees of a link."""
+
+    def __init__(self) -> None:
+        self.busy = False
+        self.rtt_s: float | None = 0.010
+        self.kind = LinkKind.RELAYED
+        self.packets: Packets | None = None
+        self.found: tuple[float, float] | None = (0.010, 1e6)
+        self.n_probes = 0
+
+    async def measure(self) -> tuple[float, float]:
+        self.n_probes += 1
+        if self.found is None:
+            raise LinkTimeout("measurement", 10.0)
+        return self.found
+
+
+class Mesh:
+    def __init__(self, peer: Peer) -> None:
+        self.peers = {"b": peer}
+
+    async def peer(self, peer_id: str) -> Peer:
+        return self.peers[peer_id]
+
+
+class Replica:
+    """Counts what is published."""
+
+    def __init__(self) -> None:
+        self.values: list[dict[str, Any]] = []
+
+    def set(self, _: str, value: dict[str, Any]) -> None:
+        self.values.append(value["value"])
+
+
+def simulate(scenario: Callable[[Peer, Replica], Awaitable[None]]) -> None:
+    async def run() -> None:
+        peer, replica = Peer(), Replica()
+        meter = LinkMeter(
+            cast("Any", Mesh(peer)),
+            cast("Any", replica),
+            "a",
+            lambda: frozenset({"a", "b"}),
+            asyncio.get_running_loop().time,
+        )
+        task = asyncio.create_task(meter.run())
+        try:
+            await scenario(peer, replica)
+        finally:
+            task.cancel()
+
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        runner.run(run())
+
+
+def test_a_link_is_measured_once_and_noise_is_not_published() -> None:
+    async def scenario(peer: Peer, replica: Replica) -> None:
+        for rtt_s in (0.011, 0.009, 0.014, 0.008):
+            await asyncio.sleep(2 * NOTE_EVERY_S)
+            peer.rtt_s = rtt_s
+        assert peer.n_probes == 1
+        assert [value["rtt_s"] for value in replica.values] == [0.010]
+
+    simulate(scenario)
+
+
+def test_another_round_trip_time_is_published_and_then_probed_without_a_flood() -> None:
+    async def scenario(peer: Peer, replica: Replica) -> None:
+        await asyncio.sleep(2)
+        for n in range(60):  # it flaps each second
+            peer.rtt_s = 0.05 if n % 2 else 0.010
+            await asyncio.sleep(1)
+        assert len(replica.values) <= 1 + 60 / NOTE_EVERY_S
+        peer.rtt_s, peer.found = 0.05, (0.05, 2e5)
+        await asyncio.sleep(REMEASURE_CHANGED_S + NOTE_EVERY_S)
+        assert peer.n_probes == 2
+        assert replica.values[-1]["bandwidth_bytes_per_s"] == 2e5
+
+    simulate(scenario)
+
+
+def test_a_link_that_goes_another_way_is_measured_anew_at_once() -> None:
+    async def scenario(peer: Peer, replica: Replica) -> None:
+        await asyncio.sleep(2)
+        peer.kind, peer.found = LinkKind.PUNCHED, (0.002, 1e7)
+        await asyncio.sleep(3)
+        assert [value["kind"] for value in replica.values] == ["relayed", "punched"]
+        assert replica.values[-1]["rtt_s"] == 0.002
+
+    simulate(scenario)
+
+
+def test_a_link_that_cannot_be_measured_is_tried_again_and_says_nothing() -> None:
+    async def scenario(peer: Peer, replica: Replica) -> None:
+        peer.found = None
+        await asyncio.sleep(40)
+        assert 2 <= peer.n_probes <= 4
+        assert not replica.values
+
+    simulate(scenario)
+
+
+def test_loss_that_matters_is_published() -> None:
+    async def scenario(peer: Peer, replica: Replica) -> None:
+        peer.packets = Packets(n_sent=0, n_resent=0)
+        for n in range(1, 40):
+            peer.packets = Packets(n_sent=n * 300, n_resent=n * 15)
+            await asyncio.sleep(2)
+        assert len(replica.values) == 2
+        assert abs(replica.values[-1]["loss"] - 0.05) < 0.01
+
+    simulate(scenario)
+
+
+def test_loss_is_a_moving_average_that_no_probe_and_no_new_carrier_spoils() -> None:
+    meter = LossMeter()
+    meter.look(None)
+    meter.look(Packets(n_sent=LOSS_PACKETS - 1, n_resent=50))  # too few
+    meter.skip(Packets(n_sent=5000, n_resent=400))
+    meter.look(Packets(n_sent=5000 + LOSS_PACKETS, n_resent=400))
+    assert meter.loss == 0.0
+    meter.look(Packets(n_sent=10, n_resent=0))
+    meter.look(Packets(n_sent=10 + LOSS_PACKETS, n_resent=LOSS_PACKETS // 10))
+    assert meter.loss is not None
+    assert 0 < meter.loss < 0.1
