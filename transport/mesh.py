@@ -95,6 +95,7 @@ class Mesh:
         self._contacts: dict[str, Contact] = {}
         self._services: dict[type[Message], Handler] = {}
         self._on_path: list[OnUp] = []
+        self._on_end: list[OnDown] = []
         self.reception = Reception(
             identity,
             listen,
@@ -158,6 +159,14 @@ class Mesh:
     def on_path(self, callback: OnUp) -> None:
         """Call `callback(peer)` for each link that comes up, and each time one moves elsewhere."""
         self._on_path.append(callback)
+
+    def on_end(self, callback: OnDown) -> None:
+        """Call `callback(peer_id, error)` for each link that has ended, also while stopping."""
+        self._on_end.append(callback)
+
+    def is_allowed(self, peer_id: str) -> bool:
+        """Whether a peer may have links to this node."""
+        return self._is_allowed(peer_id)
 
     def learn(
         self,
@@ -364,6 +373,8 @@ class Mesh:
         finally:
             contact.peer = contact.link = contact.run = None
             contact.up.clear()
+            for callback in self._on_end:
+                callback(peer.peer_id, error)
             if not self._is_closing:
                 logger.info("peer down", extra={"peer": peer.peer_id[-8:], "reason": str(error)})
                 self._on_down(peer.peer_id, error)

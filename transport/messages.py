@@ -34,6 +34,8 @@ ByteCount = Annotated[int, Meta(ge=0, le=1 << 48)]
 PrefixKey = Annotated[bytes, Meta(min_length=16, max_length=16)]
 CircuitId = Annotated[bytes, Meta(min_length=16, max_length=16)]
 CircuitKey = Annotated[bytes, Meta(min_length=32, max_length=32)]
+LaneId = Annotated[bytes, Meta(min_length=16, max_length=16)]
+LaneKey = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Address = Annotated[str, Meta(min_length=3, max_length=256)]
 Statements = Annotated[list[Annotated[bytes, Meta(max_length=96 * 1024)]], Meta(max_length=600)]
 IpAddress = Annotated[str, Meta(min_length=2, max_length=45, pattern=r"\A[0-9a-fA-F:.]+\Z")]
@@ -327,6 +329,51 @@ class RelayDeclined(Message, tag="relay-declined", frozen=True, kw_only=True):
     circuit: CircuitId
 
 
+# --- lanes: bytes for threads that compute (`lane/opening.py`) -----------------------------------
+
+
+class LaneOffer(Message, tag="lane-offer", frozen=True, kw_only=True):
+    """The sender wants a lane for `purpose`, under this id and key; answered by LaneReady.
+
+    From then on the receiver's port, and a local socket of its machine, take one connection that
+    shows the key.
+    """
+
+    lane: LaneId
+    key: LaneKey
+    purpose: Annotated[bytes, Meta(max_length=256)]
+
+
+class LaneReady(Message, tag="lane-ready", frozen=True, kw_only=True):
+    """Done as asked."""
+
+    lane: LaneId
+
+
+class LaneDial(Message, tag="lane-dial", frozen=True, kw_only=True):
+    """The sender of the offer cannot dial: please dial me for it. LaneReady says that it worked."""
+
+    lane: LaneId
+
+
+class LaneOverLink(Message, tag="lane-over-link", frozen=True, kw_only=True):
+    """Nor can the receiver: the lane is carried by this link, as LaneData, after LaneReady."""
+
+    lane: LaneId
+
+
+class LaneData(Message, tag="lane-data", frozen=True, kw_only=True):
+    """One message of a lane over this link; tensor "message" of bytes."""
+
+    lane: LaneId
+
+
+class LaneEnd(Message, tag="lane-end", frozen=True, kw_only=True):
+    """The sender has closed a lane over this link, or knows none of this id."""
+
+    lane: LaneId
+
+
 # --- sessions ----------------------------------------------------------------------------------
 
 
@@ -430,6 +477,12 @@ AnyMessage = (
     | RelayOpened
     | RelayOffer
     | RelayDeclined
+    | LaneOffer
+    | LaneReady
+    | LaneDial
+    | LaneOverLink
+    | LaneData
+    | LaneEnd
     | OpenSession
     | SessionOpened
     | Forward

@@ -1,0 +1,1 @@
+"""Tensor-parallel groups: several members that share each block of a span."""

@@ -1,0 +1,21 @@
+"""What ends an attempt of a group, so that it is made again under the next epoch."""
+
+from __future__ import annotations
+
+from covey.node.errors import NodeError
+
+
+class ReduceAborted(NodeError):
+    """A sum did not come about, for any member; its input is intact.
+
+    Nothing more comes of this epoch. Retry under a higher one; if `is_lost`, `rank` needs another
+    lane first, or is gone.
+    """
+
+    def __init__(self, reason: str, *, epoch: int, rank: int | None, is_lost: bool = False) -> None:
+        by = "" if rank is None else f" by rank {rank}"
+        super().__init__(f"a sum of epoch {epoch} was aborted{by}: {reason}")
+        self.reason = reason
+        self.epoch = epoch
+        self.rank = rank
+        self.is_lost = is_lost
