@@ -162,9 +162,8 @@ def _draw_axes(
             )
     if measured:
         places = [(value * 1e3, one.throughput_tok_per_s) for value, one in measured]
-        axes.scatter(
-            *zip(*places, strict=True), marker="x", s=40, color="tab:red", label="measured"
-        )
+        across, up = zip(*places, strict=True)
+        axes.scatter(across, up, marker="x", s=40, color="tab:red", label="measured")
         for (x, y), (_, one) in zip(places, measured, strict=True):
             _label(axes, one.label, x, y, "tab:red", above=False)
     for point in points if len(points) <= MAX_LABELLED else [p for p in points if _is_marked(p)]:
