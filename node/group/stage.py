@@ -182,13 +182,13 @@ class GroupStage:
 
     def _tried(self, act: Callable[[AllReduce], T]) -> T:
         """What `act` comes to, in one of a few attempts. Raises GroupBroken."""
-        error: ReduceAborted | None = None
+        reason = ""  # not the error itself, whose traceback would keep all that is on the stack
         for _ in range(MAX_ATTEMPTS):
             try:
                 return act(self._agreed())
             except ReduceAborted as aborted:
-                logger.warning("%s", aborted)
-                error, self._is_agreed = aborted, False
+                reason, self._is_agreed = str(aborted), False
+                logger.warning("%s", reason)
                 if aborted.is_lost and not self.is_broken:
                     self._form_anew()
             except BaseException:
@@ -197,8 +197,8 @@ class GroupStage:
                     self._reduce.abort()
                 self._is_agreed = False
                 raise
-        self._break(str(error))
-        raise GroupBroken(str(error)) from error
+        self._break(reason)
+        raise GroupBroken(reason)
 
     def _agreed(self) -> AllReduce:
         """Our end of the sums, with an epoch in which all have the same sessions."""

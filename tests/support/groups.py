@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -52,8 +52,8 @@ class MemoryGroup:
             spoke.serve(self._reduce(rank, {self.hub_idx: meshes[rank][self.hub_idx]}))
         return self._reduce(self.hub_idx, meshes[self.hub_idx])
 
-    def _reduce(self, rank: int, lanes: dict[int, Lane] | object) -> AllReduce:
-        wrapped = {other: self.wrap(rank, lane) for other, lane in dict(lanes).items()}  # type: ignore[call-overload]
+    def _reduce(self, rank: int, lanes: Mapping[int, Lane]) -> AllReduce:
+        wrapped = {other: self.wrap(rank, lane) for other, lane in lanes.items()}
         return AllReduce(
             rank,
             self.hub_idx,
