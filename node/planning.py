@@ -22,7 +22,7 @@ from covey.partition.activation import (
 )
 from covey.partition.choose import choose
 from covey.partition.errors import PartitionError
-from covey.partition.evaluate import World, front_or_reason
+from covey.partition.evaluate import World, front_or_reason, recoded
 from covey.partition.plan import LayerPlan, make_plan
 from covey.partition.profile import DeviceProfile, Workload
 from covey.partition.search import Candidate, Front
@@ -166,7 +166,10 @@ class Planning:
             self._woken.clear()
 
     def _could_share_a_plan(self) -> frozenset[str]:
-        """The live members that offer a model of ours: links to others are never planned with."""
+        """The live members that offer a model of ours: links to others are never planned with.
+
+        Nobody until this device is measured: a probe and that would spoil each other.
+        """
         models = {model.digest for model in self._node.catalog}
         if not models:
             return frozenset()
@@ -176,6 +179,8 @@ class Planning:
             for author, _, value in profiles
             if isinstance(offered := value.get("value"), dict) and models & offered.keys()
         }
+        if self._node.peer_id not in offering:
+            return frozenset()
         return self._node.live_peers() & offering
 
     async def _publish_devices(self) -> None:
@@ -308,7 +313,9 @@ class Planning:
         else:
             active_now = priced(active, model.layout, state.devices, state.links)
             if not should_replace(active_now, best.prediction, node.config.prefer):
-                return
+                best = recoded(active.pipelines, world)
+                if best is None:
+                    return
         epoch = highest_active_epoch(state.plans, state.ready) + 1
         plan = _plan_of(model, best, epoch, node.peer_id)
         if any(known.digest == plan.digest for known in state.plans):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from .codecs import codecs_for, outdated
 from .cost import predict_all
 from .errors import PartitionError
 from .memory import block_cap
+from .network import Network
 from .plan import Pipeline
 from .profile import DeviceProfile, LinkProfile, ModelLayout, Workload
 from .search import Candidate, Front, pareto_front
@@ -56,3 +58,32 @@ def front_or_reason(world: World) -> Front | PartitionError:
         )
     except PartitionError as error:
         return error
+
+
+def recoded(pipelines: Sequence[Pipeline], world: World) -> Candidate | None:
+    """Pipelines that run, with other codecs on the borders whose links want others by now.
+
+    Only the codecs change, so nobody has another block to load. None where all are as they should
+    be, and where the profiles do not say what the new ones would do.
+    """
+    find = Network(world.links).link
+    layout, request = world.layout, world.request
+    if not any(outdated(pipeline, layout, find, request) for pipeline in pipelines):
+        return None
+    renewed = [
+        replace(
+            pipeline,
+            codecs=codecs_for(
+                [stage.hub for stage in pipeline.stages],
+                layout,
+                find,
+                request,
+                current=pipeline.codecs,
+            ),
+        )
+        for pipeline in pipelines
+    ]
+    try:
+        return evaluate(renewed, world)
+    except PartitionError:
+        return None

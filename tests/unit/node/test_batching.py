@@ -154,3 +154,16 @@ async def test_steps_fail_when_the_worker_is_closed(thread: Worker) -> None:
         await it.alone("a", 1)
     with pytest.raises(WorkerClosed):
         await it.alone("a", 2)
+
+
+@in_virtual_time
+async def test_what_joins_a_batch_that_has_begun_has_waited_for_no_time() -> None:
+    worker = InlineWorker()
+    worker.is_held = True
+    it = Doubler(worker)
+    first = it.batcher.submit("a", 1)
+    await asyncio.sleep(0.01)  # its job says later that it began before this
+    second = it.batcher.submit("b", 2)
+    worker.release()
+    assert (await first).queue_s > 0
+    assert (await second).queue_s == 0
