@@ -191,5 +191,6 @@ class Batcher(Generic[T, R]):
             if isinstance(outcome, CoveyError):
                 item.future.set_exception(outcome)
             else:
-                queue_s = done.queue_s + queued_at - item.submitted_at
+                # One that came as the job began did not wait, whatever two clock readings say.
+                queue_s = max(0.0, done.queue_s + queued_at - item.submitted_at)
                 item.future.set_result(Done(outcome, queue_s, done.compute_s))
