@@ -22,7 +22,7 @@ from covey.partition.activation import (
 )
 from covey.partition.choose import choose
 from covey.partition.errors import PartitionError
-from covey.partition.evaluate import World, front_or_reason, recoded
+from covey.partition.evaluate import World, adjusted, front_or_reason
 from covey.partition.plan import LayerPlan, make_plan
 from covey.partition.profile import DeviceProfile, Workload
 from covey.partition.search import Candidate, Front
@@ -313,7 +313,7 @@ class Planning:
         else:
             active_now = priced(active, model.layout, state.devices, state.links)
             if not should_replace(active_now, best.prediction, node.config.prefer):
-                best = recoded(active.pipelines, world)
+                best = adjusted(active.pipelines, world)
                 if best is None:
                     return
         epoch = highest_active_epoch(state.plans, state.ready) + 1
