@@ -9,7 +9,7 @@ KERNELS = $(VENV)/.kernels
 
 .PHONY: setup demo test test-lab test-arm lint format fuzz soak build clean \
     lab lab-nat lab-paths lab-swarm lab-links lab-plan lab-groups lab-tpi bench-pipeline bench-transport bench-engine \
-    bench-codecs
+    bench-codecs bench-allreduce bench-window
 
 MODEL ?= smollm2
 
@@ -117,6 +117,10 @@ bench-engine: $(KERNELS)
 # What the codecs of hidden states lose and save.
 bench-codecs: $(KERNELS)
 	$(BIN)/python -m benchmarks.bench_codecs
+
+# Sums of a group on loopback, and of eight members on slow links. Needs what the labs need.
+bench-allreduce: $(KERNELS)
+	$(BIN)/python -m benchmarks.bench_allreduce
 
 build: $(KERNELS)
 	rm -rf dist

@@ -160,9 +160,9 @@ def _member(node: Node, card: MemberCard, *, is_live: bool) -> dict[str, Any]:
         "spans": {
             model.name: list(span)
             for model in node.catalog
-            if (route := node.planning.route(model.digest)) is not None
-            for peer_id, span in zip(route.peers, route.spans, strict=True)
-            if peer_id == card.peer_id
+            for route in node.planning.routes(model.digest)
+            for stage, span in zip(route.stages, route.spans, strict=True)
+            if card.peer_id in stage.peers
         },
         "link": link,
     }

@@ -12,7 +12,7 @@ from typing import Any
 
 from covey.partition.choose import Choice, Limits, Prefer, choose_within, cost
 from covey.partition.errors import PartitionError
-from covey.partition.evaluate import World, front_or_reason
+from covey.partition.evaluate import World, evaluate, front_or_reason
 from covey.partition.explain import BoundKind, compare, explain, verdict
 from covey.partition.improve import Improvement, improvements, replanned
 from covey.partition.left_out import why_left_out
@@ -64,7 +64,7 @@ def plan_facts(outlook: Outlook, question: Question) -> dict[str, Any]:
             "context_tokens": world.request.context_tokens,
         },
         **shown.facts(),
-        "active": _active(active, question.names),
+        "active": active_facts(active, world, question.names),
         "pinned": None if pin is None else _pinned(pin, question.names),
         "because": None if active is None else _because(active, pin, shown, question.prefer),
         "why_not": outlook.why_not if active is None else None,
@@ -178,11 +178,16 @@ def _for_workload(world: World, query: PlanQuery) -> World:
     return replace(world, request=request)
 
 
-def _active(active: Route | None, names: Names) -> dict[str, Any] | None:
+def active_facts(active: Route | None, world: World, names: Names) -> dict[str, Any] | None:
+    """The plan that runs, with what it should do by the profiles of now, like all points."""
     if active is None:
         return None
+    try:
+        prediction = evaluate(active.plan.pipelines, world).prediction
+    except PartitionError:  # a member's profile is gone: what its proposer reckoned
+        prediction = active.plan.prediction
     return {
-        **_figures(active.plan.pipelines, active.plan.prediction, names),
+        **_figures(active.plan.pipelines, prediction, names),
         "epoch": active.epoch,
         "digest": active.digest,
         "proposer": active.plan.proposer,

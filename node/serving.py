@@ -121,13 +121,13 @@ class StageServer:
         """How many sessions still use a plan; an old plan is unloaded when none does."""
         return sum(session.stage.route.digest == plan for session in self._sessions.values())
 
-    def remove(self, plan: str) -> None:
-        """Unload a stage; its sessions, if any, end with `unknown_plan`."""
+    def remove(self, plan: str, code: ErrorCode = ErrorCode.UNKNOWN_PLAN) -> None:
+        """Unload a stage; its sessions, if any, end with `code`."""
         if self._stages.pop(plan, None) is None:
             return
         for session in list(self._sessions.values()):
             if session.stage.route.digest == plan:
-                self._end(session, ErrorCode.UNKNOWN_PLAN)
+                self._end(session, code)
 
     def peer_lost(self, peer_id: str) -> None:
         """End the sessions that cannot go on without a peer."""
@@ -270,7 +270,8 @@ class StageServer:
         done = await stage.batcher.submit(
             request.session,
             Step(request.session, message.position, hidden),
-            is_short=len(hidden) == 1,
+            # A group's step waits for other machines, and the event loop must not.
+            is_short=len(hidden) == 1 and not route.stages[request.stage_idx].is_group,
         )
         is_last = request.stage_idx == route.n_stages - 1
         result = done.value

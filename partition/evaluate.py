@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from .codecs import codecs_for, outdated
+from .balance import rebalanced
+from .codecs import codecs_for
 from .cost import predict_all
 from .errors import PartitionError
 from .memory import block_cap
@@ -60,30 +61,30 @@ def front_or_reason(world: World) -> Front | PartitionError:
         return error
 
 
-def recoded(pipelines: Sequence[Pipeline], world: World) -> Candidate | None:
-    """Pipelines that run, with other codecs on the borders whose links want others by now.
+def adjusted(pipelines: Sequence[Pipeline], world: World) -> Candidate | None:
+    """Pipelines that run, with other codecs and shares where links or members ask for them by now.
 
-    Only the codecs change, so nobody has another block to load. None where all are as they should
-    be, and where the profiles do not say what the new ones would do.
+    Members and spans stay, so little has to be loaded. None where all is as it should be, where the
+    profiles do not say what the new ones would do, and where a member has no memory for more.
     """
-    find = Network(world.links).link
-    layout, request = world.layout, world.request
-    if not any(outdated(pipeline, layout, find, request) for pipeline in pipelines):
+    network = Network(world.links)
+    renewed = tuple(_adjusted(pipeline, world, network) for pipeline in pipelines)
+    if renewed == tuple(pipelines):
         return None
-    renewed = [
-        replace(
-            pipeline,
-            codecs=codecs_for(
-                [stage.hub for stage in pipeline.stages],
-                layout,
-                find,
-                request,
-                current=pipeline.codecs,
-            ),
-        )
-        for pipeline in pipelines
-    ]
     try:
-        return evaluate(renewed, world)
+        candidate = evaluate(renewed, world)
     except PartitionError:
         return None
+    return candidate if is_held(candidate, world) else None
+
+
+def _adjusted(pipeline: Pipeline, world: World, network: Network) -> Pipeline:
+    codecs = codecs_for(
+        [stage.hub for stage in pipeline.stages],
+        world.layout,
+        network.link,
+        world.request,
+        current=pipeline.codecs,
+    )
+    recoded = replace(pipeline, codecs=codecs)
+    return rebalanced(recoded, world.layout, world.devices, network, world.request)

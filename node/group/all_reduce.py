@@ -146,12 +146,12 @@ class AllReduce:
         return total.reshape(shape)
 
     def reduce(self, partial: Floats | None, shape: Shape, *, epoch: int) -> Floats | None:
-        """As `sum`, but only the hub gets it; None elsewhere. Raises as `sum`."""
+        """As `sum`, but exactly, and only the hub gets it; None elsewhere. Raises as `sum`."""
         values, total = self._begin(partial, shape, epoch), None
         if self.is_hub:
             total = self._add_up(values, shape, "star").reshape(shape)
         else:
-            self._send_part(self.hub_idx, values, shape)
+            self._send_part(self.hub_idx, values, shape, self._exact)
         self._end()
         return total
 
@@ -248,16 +248,16 @@ class AllReduce:
 
     # --- star and direct --------------------------------------------------------------------------
 
-    def _send_part(self, rank: int, values: Floats | None, shape: Shape) -> None:
+    def _send_part(self, rank: int, values: Floats | None, shape: Shape, coder: Coder) -> None:
         if values is None:
             self._exchange.send(rank, self._header(Kind.PART, None, shape).pack())
             return
-        codec, body = self._coder.encode(values)
+        codec, body = coder.encode(values)
         self._exchange.send(rank, self._header(Kind.PART, codec, shape).pack(), body)
 
     def _star(self, values: Floats | None, shape: Shape) -> Floats:
         if not self.is_hub:
-            self._send_part(self.hub_idx, values, shape)
+            self._send_part(self.hub_idx, values, shape, self._coder)
             return self._take_vector(Kind.SUM, shape)
         total = self._add_up(values, shape, "star")
         self._send_to_all(Kind.SUM, total, shape, self._coder)

@@ -1,0 +1,30 @@
+"""A span of blocks, computed together: after each half every member's part is added up."""
+
+from __future__ import annotations
+
+from covey.node.engine.shard import Shard
+
+from .all_reduce import AllReduce
+from .codec import Floats
+
+
+def run_blocks(shard: Shard, hidden: Floats, reduce: AllReduce, epoch: int) -> None:
+    """Take `hidden` [n_rows, hidden_size] through all blocks, in place, as every member does.
+
+    `shard.begin` has accepted the rows; here their step is brought to its end. It counts as done
+    too when only the last sum is missing: all keys and values are there then, and another member
+    may have got that sum. So no session is shorter at a spoke than at the hub.
+
+    Raises:
+        ReduceAborted: a sum did not come about.
+    """
+    shape = (len(hidden), shard.hidden_size)
+    is_done = False
+    try:
+        for block_idx in range(*shard.span):
+            hidden += reduce.sum(shard.attention(block_idx, hidden), shape, epoch=epoch)
+            part = shard.mlp(block_idx, hidden)
+            is_done = block_idx == shard.span[1] - 1
+            hidden += reduce.sum(part, shape, epoch=epoch)
+    finally:
+        shard.end(is_done=is_done)
