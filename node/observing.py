@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from covey.partition.cost import Network, Terms, price
 from covey.partition.errors import PartitionError
 from covey.partition.observed import MIN_SESSIONS
-from covey.partition.plan import Pipeline
 from covey.partition.profile import MAX_SECONDS, MIN_SECONDS, Workload
 from covey.store.errors import RecordMalformed
 from covey.store.replica import Replica
@@ -89,7 +88,7 @@ class Observing:
         state = self._read(model)
         try:
             terms = price(
-                _pipeline_of(route).stages,
+                route.stages,
                 model.layout,
                 state.claimed,
                 Network(state.links),
@@ -174,14 +173,6 @@ def slower_than_said(terms: Terms, own: str, steps: Sequence[SeenStep]) -> dict[
             took_s = step.trace[idx].compute_us / 1e6 + max(0.0, left_s) * share
             ratios[stage.peer_id].append(took_s / stage.decode_s)
     return {peer: sorted(found)[int(len(found) * FASTER)] for peer, found in ratios.items()}
-
-
-def _pipeline_of(route: Route) -> Pipeline:
-    return next(
-        pipeline
-        for pipeline in route.plan.pipelines
-        if tuple(stage.hub for stage in pipeline.stages) == route.peers
-    )
 
 
 def _is_news(known: Experience, record: Experience) -> bool:

@@ -1,9 +1,10 @@
-"""What others' words make of a profile: slower only, by the median, never by one liar of several."""
+"""What others' words make of a profile: slower only, by the median, never by one of several."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -54,7 +55,8 @@ def test_a_liar_is_as_slow_in_everything_as_it_was_found_to_be() -> None:
     )
     honest = corrected(claimed, [found(10.0)])
     assert honest.decode_s_per_block == pytest.approx(0.1)
-    assert honest.prefill_s_per_block == ((16, pytest.approx(1.0)), (128, pytest.approx(2.0)))
+    assert [n_tokens for n_tokens, _ in honest.prefill_s_per_block] == [16, 128]
+    assert [s for _, s in honest.prefill_s_per_block] == pytest.approx([1.0, 2.0])
     timed = [name for name in DeviceProfile.__slots__ if "_s" in name and "bytes" not in name]
     for name in timed:
         before, after = getattr(claimed, name), getattr(honest, name)
@@ -86,7 +88,7 @@ def test_a_small_change_in_what_was_found_makes_none_that_is_large() -> None:
     n = 1000
     ratios = [TOLERATED / 2 + 2 * GROSS * i / n for i in range(n)]
     values = [slowness(CLAIMED, [found(ratio)]) for ratio in ratios]
-    steps = [after - before for before, after in zip(values, values[1:], strict=False)]
+    steps = [after - before for before, after in pairwise(values)]
     assert all(0 <= step <= 4 * GROSS / n for step in steps)
 
 
