@@ -22,7 +22,7 @@ from covey.store.views import Authored, Views
 
 from .catalog import LocalModel
 from .pins import Pinned
-from .route import Route
+from .route import RUNNABLE, Route
 
 MAX_PROPOSALS = 8  # per proposer and model, newest first; an honest one has two or three
 
@@ -83,7 +83,9 @@ def world_of(
         for peer, device in state.devices.items()
         if peer in live and device.engine == model.engine
     }
-    return World(layout=model.layout, devices=devices, links=state.links, request=workload)
+    return World(
+        layout=model.layout, devices=devices, links=state.links, request=workload, scope=RUNNABLE
+    )
 
 
 def device_record(profiles: Mapping[str, DeviceProfile]) -> ProfileRecord:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from covey.partition.plan import LayerPlan
+from covey.partition.scope import CHAINS
 from covey.transport.errors import ErrorCode
 from covey.transport.messages import Codec
 
@@ -14,6 +15,8 @@ from .errors import NodeError
 
 _CODECS: dict[str, Codec] = {name: name for name in get_args(Codec)}
 _ENGINES: dict[str, EngineKind] = {name: name for name in get_args(EngineKind)}
+
+RUNNABLE = CHAINS  # what this version plans for: what `Route.of` takes
 
 
 class UnsupportedPlan(NodeError):
