@@ -72,6 +72,8 @@ def claims(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
     monkeypatch.setattr("covey.node.planning.device_profile", profile)
+    # A liar does not correct itself by what its own steps take, as our software would.
+    monkeypatch.setattr("covey.node.refining.Refining.look", lambda _: None)
     monkeypatch.setattr("covey.node.links.SETTLE_S", (1.0, 1.0, 2.0, 4.0))
 
 
