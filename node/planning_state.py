@@ -41,6 +41,13 @@ class ModelState:
     pin: Authored[Pin] | None = None
     claimed: Mapping[str, DeviceProfile] = field(default_factory=dict)  # as they say themselves
 
+    def slowness(self, peer_id: str) -> float:
+        """How many times slower than it says others find a member; 1 where nobody complains."""
+        device, claimed = self.devices.get(peer_id), self.claimed.get(peer_id)
+        if device is None or claimed is None:
+            return 1.0
+        return device.decode_s_per_block / claimed.decode_s_per_block
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outlook:
