@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
@@ -130,7 +131,7 @@ class Planning:
 
     async def outlook(self, model: LocalModel) -> Outlook:
         """What is known of a model now, and the front over it."""
-        state = self._state(model)
+        state = self.state(model)
         world = self.world(model, state)
         return Outlook(
             model=model,
@@ -142,10 +143,15 @@ class Planning:
             pinned=pinned(state.pin, world),
         )
 
+    def state(self, model: LocalModel) -> ModelState:
+        """What the replica says of a model now."""
+        n_blocks = model.checkpoint.config.n_blocks
+        return read_state(self._node.views, model.digest, n_blocks, unix_time=time.time())
+
     def world(self, model: LocalModel, state: ModelState | None = None) -> World:
         """What a plan could be made of now."""
         workload = Workload(context_tokens=self._node.config.context_tokens)
-        return world_of(model, state or self._state(model), self._node.live_peers(), workload)
+        return world_of(model, state or self.state(model), self._node.live_peers(), workload)
 
     async def run(self) -> None:
         """Measure, then plan until cancelled."""
@@ -205,13 +211,10 @@ class Planning:
         if self._devices or replica.get(self._node.peer_id, record.key) is not None:
             replica.set(record.key, record.to_value())
 
-    def _state(self, model: LocalModel) -> ModelState:
-        return read_state(self._node.views, model.digest, model.checkpoint.config.n_blocks)
-
     async def _step(self, model: LocalModel) -> None:
         if self._is_withdrawn:
             return
-        state = self._state(model)
+        state = self.state(model)
         live = self._node.live_peers()
         valid = valid_proposals(state.plans, model.layout, state.devices, state.ready)
         active = active_plan(valid, state.ready, live, model.layout, state.devices, state.links)

@@ -55,6 +55,7 @@ from .membership import (
     save_keyring,
     save_removal,
 )
+from .observing import Observing
 from .pipeline import Pipelines
 from .planning import Planning
 from .route import Route
@@ -174,6 +175,7 @@ class Node:
             on_failed=self.epochs.dial_failed,
         )
         self.planning = Planning(self)
+        self.observing = Observing(self.replica, self.peer_id, self.planning.state, clock=clock)
         self.generator = Generator(
             find_route=self._find_route,
             hold=self._hold,
@@ -181,6 +183,7 @@ class Node:
             worker=self.worker,
             context_tokens=config.context_tokens,
             max_sessions=config.max_sessions,
+            observe=self.observing.saw,
         )
         self._known = entry.known
         self.desk = Desk(self)
