@@ -50,6 +50,7 @@ from .planning_state import (
     world_of,
 )
 from .profiling import device_profile
+from .refining import Refining
 from .route import Route, UnsupportedPlan, routes_of
 from .serving import StageServer
 from .switch import Switch
@@ -91,6 +92,9 @@ class Planning:
         )
         self.measured_share = 0.0  # of the figures of this device that are there, for people
         self._devices: dict[str, DeviceProfile] = {}  # this node's own, by model digest
+        self._refining = Refining(
+            self._devices, node.server.timings, self._publish_profiles, node.clock
+        )
         self._routes: dict[str, tuple[Route, ...]] = {}  # of the active plan, by model digest
         self._reasons: dict[str, str] = {}  # why a model has no route
         self.loading = Loading(node, self._spoilt)
@@ -157,6 +161,7 @@ class Planning:
         """Measure, then plan until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._meter.run())
+            group.create_task(self._refining.run())
             group.create_task(self._plan_for_ever())
 
     async def _plan_for_ever(self) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,12 +31,13 @@ from covey.transport.messages import (
 from covey.transport.tasks import Tasks
 
 from .batching import Batcher
-from .engine.errors import LeaseExpired
+from .engine.errors import EngineError, LeaseExpired
 from .engine.lease import LeaseTable
-from .engine.stage import Stage, Step
+from .engine.stage import Stage, Step, StepResult
 from .engine.tensors import HiddenStates
 from .hidden import WrongTensor, pack, unpack
 from .prefix import bound_to_head
+from .refining import MAX_KEPT, Timing
 from .route import Route
 from .switch import Switch, WrongFrame, code_of
 from .worker import Done, Worker
@@ -88,6 +91,7 @@ class StageServer:
         self._clock = clock
         self._stages: dict[str, LoadedStage] = {}  # by plan digest
         self._sessions: dict[str, _Session] = {}
+        self.timings: deque[Timing] = deque(maxlen=MAX_KEPT)  # for who wants to know
         self._is_refusing = False
         self._is_idle = asyncio.Event()
         self._is_idle.set()
@@ -109,13 +113,30 @@ class StageServer:
     def add(self, route: Route, stage_idx: int, engine: Stage, leases: LeaseTable) -> LoadedStage:
         """Serve a stage of a plan from now on."""
         batcher: Batcher[Step, HiddenStates] = Batcher(
-            self._worker,
-            lambda steps: stage.engine.forward_batch(steps),
-            n_groups=route.n_stages,
+            self._worker, lambda steps: self._forward(stage, steps), n_groups=route.n_stages
         )
         stage = LoadedStage(route, stage_idx, engine, leases, batcher)
         self._stages[route.digest] = stage
         return stage
+
+    def _forward(self, stage: LoadedStage, steps: Sequence[Step]) -> list[StepResult]:
+        """On the worker's thread."""
+        members = stage.route.stages[stage.stage_idx].members
+        began_at = time.perf_counter()
+        results = stage.engine.forward_batch(steps)
+        is_whole = len(members) == 1 and not members[0].streamed_blocks
+        if is_whole and not any(isinstance(result, EngineError) for result in results):
+            start, end = stage.route.spans[stage.stage_idx]
+            self.timings.append(
+                Timing(
+                    model_digest=stage.route.plan.model_digest,
+                    n_blocks=end - start,
+                    rows=tuple(len(step.hidden) for step in steps),
+                    positions=tuple(step.position for step in steps),
+                    seconds=time.perf_counter() - began_at,
+                )
+            )
+        return results
 
     def sessions_of(self, plan: str) -> int:
         """How many sessions still use a plan; an old plan is unloaded when none does."""
