@@ -8,8 +8,8 @@ then reads commands and answers each, one JSON object a line:
 
     {"n_streamed": 14, "n_blocks": 16}
     {"prompt": 8, "tokens": 4}       make so many tokens behind a new prompt of so many, greedily
-    {"s": [...], "streamed_bytes": ..., "peak_bytes": ...}
-                                     seconds of each, the first has the prompt in it; what was read
+    {"s": [...], "streamed_bytes": [...], "peak_bytes": ...}
+                                     of each seconds, the first has the prompt in it; what was read
 
 With MEMORY 0 it packs everything there is and ends.
 """
@@ -56,24 +56,26 @@ def main(model_path: str, packed: str, memory: str, threads: str, *quantize: str
         return
     for line in sys.stdin:
         command = json.loads(line)
-        before = _streamed_bytes(stage, head)
         taken = _generate(stage, head, command["prompt"], command["tokens"])
-        streamed_bytes = _streamed_bytes(stage, head) - before
+        seconds, streamed_bytes = zip(*taken, strict=True)
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        _say({"s": taken, "streamed_bytes": streamed_bytes, "peak_bytes": peak_bytes})
+        _say({"s": seconds, "streamed_bytes": streamed_bytes, "peak_bytes": peak_bytes})
 
 
-def _generate(stage: NativeStage, head: NativeHead, n_prompt: int, n_tokens: int) -> list[float]:
-    """Seconds of each token."""
+def _generate(
+    stage: NativeStage, head: NativeHead, n_prompt: int, n_tokens: int
+) -> list[tuple[float, int]]:
+    """Seconds of each token, and bytes that were read meanwhile."""
     stage.open_session(SESSION, n_prompt + n_tokens)
     feed, position = list(range(FIRST_TOKEN, FIRST_TOKEN + n_prompt)), 0
-    taken: list[float] = []
+    taken: list[tuple[float, int]] = []
     for _ in range(n_tokens):
-        began_at = time.perf_counter()
+        began_at, before = time.perf_counter(), _streamed_bytes(stage, head)
         hidden = stage.forward(SESSION, position, head.embed(feed))
         position += len(feed)
         feed = [int(head.logits(hidden[-1:])[0].argmax())]
-        taken.append(time.perf_counter() - began_at)
+        streamed_bytes = _streamed_bytes(stage, head) - before
+        taken.append((time.perf_counter() - began_at, streamed_bytes))
     stage.close_session(SESSION)
     return taken
 
