@@ -193,6 +193,27 @@ class Pipelines:
     def __iter__(self) -> Iterator[PipelineSession]:
         return iter(list(self._sessions.values()))
 
+    def pick(self, routes: Sequence[Route], linked: Collection[str]) -> Route:
+        """Of the pipelines of a plan, the one for the next session.
+
+        First one whose hubs we have links to, ourselves included; then the one with the fewest of
+        our sessions; then one that begins here, so that no border is in front of it.
+        """
+
+        def how_taken(route: Route) -> tuple[int, int, bool, int]:
+            return (
+                len(set(route.peers).difference(linked)),
+                sum(
+                    (session.route.digest, session.route.pipeline_idx)
+                    == (route.digest, route.pipeline_idx)
+                    for session in self
+                ),
+                route.peers[0] != self._switch.own_peer_id,
+                route.pipeline_idx,
+            )
+
+        return min(routes, key=how_taken)
+
     async def open(
         self,
         name: str,
