@@ -38,7 +38,7 @@ demo: $(KERNELS)
 test: $(KERNELS)
 	PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 $(BIN)/pytest
 
-# What takes minutes: every kind of NAT named, every pair of them punched through; a secret's renewal.
+# What takes minutes: every kind of NAT and every pair of them, every cut of a model, sanitizers.
 test-lab: $(KERNELS)
 	PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 $(BIN)/pytest -m lab
 

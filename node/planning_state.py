@@ -23,7 +23,7 @@ from covey.store.views import Authored, Views
 
 from .catalog import LocalModel
 from .pins import Pinned
-from .route import Route
+from .route import Route, runnable
 
 EXPERIENCE_S = 3600.0  # what was seen longer ago is forgotten, and its subject has another chance
 AHEAD_S = 600.0  # how far a clock may be ahead of ours
@@ -96,7 +96,13 @@ def world_of(
         for peer, device in state.devices.items()
         if peer in live and device.engine == model.engine
     }
-    return World(layout=model.layout, devices=devices, links=state.links, request=workload)
+    return World(
+        layout=model.layout,
+        devices=devices,
+        links=state.links,
+        request=workload,
+        scope=runnable(model.engine),
+    )
 
 
 def device_record(profiles: Mapping[str, DeviceProfile]) -> ProfileRecord:
