@@ -8,6 +8,7 @@ Each node starts alone, since it measures what it can do as it starts.
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from covey.cli.child import NodeProcess, wait_for
+from covey.node.links import SETTLE_S
 
 from . import namespaces
 from .asker import Asker
@@ -28,6 +30,7 @@ from .topology import Host, Topology
 SCALE = 0.5
 MAX_LOAD = 1.6  # of two cores
 PROFILED_S = 60.0
+SETTLED_S = sum(SETTLE_S) + 4.0  # until the last of a new link's probes is over
 SESSIONS = 4  # at once, as plans reckon with
 CONTEXT = 512
 
@@ -58,7 +61,7 @@ class Member:
         return self.device.memory_bytes if self.memory is None else self.memory
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Fleet:
     """A swarm that runs: everything by the names of its nodes, the founder's first."""
 
@@ -67,11 +70,16 @@ class Fleet:
     machines: dict[str, Machine] = field(default_factory=dict)
     nodes: dict[str, NodeProcess] = field(default_factory=dict)
     askers: dict[str, Asker] = field(default_factory=dict)
+    began_at: float = field(default_factory=time.monotonic)  # when all of it was up
 
     @property
     def founder(self) -> str:
         """The name of the first node."""
         return next(iter(self.nodes))
+
+    def settle(self) -> None:
+        """Wait until nodes no longer probe each other's links because these are new."""
+        time.sleep(max(0.0, self.began_at + SETTLED_S - time.monotonic()))
 
     def check(self) -> None:
         """Raise LabBroken if a node has ended."""
@@ -212,6 +220,7 @@ def _go_and_ask(fleet: Fleet, stack: ExitStack, n_sessions: int) -> None:
             PROFILED_S,
             f"the founder hears nothing of what {name} can do",
         )
+    fleet.began_at = time.monotonic()
 
 
 def _options(member: Member) -> list[str]:
