@@ -12,10 +12,10 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from covey.partition.memory import member_bytes
-from covey.partition.plan import LayerPlan, StagePlan
+from covey.partition.plan import LayerPlan, Member, StagePlan
 from covey.partition.profile import DeviceProfile
 from covey.store.replica import Replica
 from covey.store.schema import Ready
@@ -42,6 +42,8 @@ from .worker import Worker
 
 logger = logging.getLogger(__name__)
 
+Role = Literal["alone", "hub", "spoke"]
+
 FORM_AGAIN_S = 0.5  # between attempts to form a group
 FORM_ANEW_S = 4.0  # within a step, whose sessions wait for it
 
@@ -63,7 +65,9 @@ class Held:
 
     route: Route
     stage_idx: int
+    member: Member
     kv_bytes: int
+    engine: Stage | Shard | None = None  # what computes here, once it is loaded
     group: GroupStage | None = None  # of a hub
     spoke: Spoke | None = None
     forming: asyncio.Task[None] | None = field(default=None)
@@ -73,6 +77,25 @@ class Held:
     def stage(self) -> StagePlan:
         """The stage of the plan."""
         return self.route.stages[self.stage_idx]
+
+    @property
+    def role(self) -> Role:
+        """What this node is in it."""
+        if not self.stage.is_group:
+            return "alone"
+        return "hub" if self.stage.hub == self.member.peer_id else "spoke"
+
+    @property
+    def stall_s(self) -> float:
+        """Seconds that steps have waited for the disk, in all."""
+        stall_s: float = getattr(self.engine, "stall_s", 0.0)  # of engines that can stream
+        return stall_s
+
+    @property
+    def sum_wait_s(self) -> float:
+        """Seconds that steps have waited for the other members of the group, in all."""
+        part = self.group or self.spoke
+        return part.sum_wait_s if part is not None else 0.0
 
 
 class Loading:
@@ -158,7 +181,7 @@ class Loading:
             idx = stage.peers.index(self._node.peer_id)
             weights = member_bytes(model.layout, stage, idx)
             kv_bytes = max(device.memory_bytes - weights - self._taken_bytes(), 0)
-            held = Held(route, stage_idx, kv_bytes)
+            held = Held(route, stage_idx, stage.members[idx], kv_bytes)
             logger.info("loading blocks %d to %d of %s", *route.spans[stage_idx], model.name)
             if stage.is_group:
                 await self._load_shard(model, held, idx)
@@ -174,7 +197,6 @@ class Loading:
             self._on_spoilt(model)
 
     async def _load_stage(self, model: LocalModel, held: Held) -> None:
-        (member,) = held.stage.members
         span = held.route.spans[held.stage_idx]
 
         def load() -> Stage:
@@ -182,17 +204,17 @@ class Loading:
                 span,
                 verify=True,
                 kv_bytes=held.kv_bytes,
-                streamed_blocks=member.streamed_blocks,
+                streamed_blocks=held.member.streamed_blocks,
             )
 
-        engine = (await self._node.loader.run(load)).value
+        engine = held.engine = (await self._node.loader.run(load)).value
         if not self._is_withdrawn:
             self._held[held.route.digest] = held
             self._serve(held, engine, held.kv_bytes)
 
     async def _load_shard(self, model: LocalModel, held: Held, idx: int) -> None:
         stage, digest = held.stage, held.route.digest
-        span, member = held.route.spans[held.stage_idx], stage.members[idx]
+        span = held.route.spans[held.stage_idx]
         cut = Slice(stage.kv_heads_of(idx), stage.mlp_columns_of(idx))
 
         def load() -> Shard:
@@ -201,10 +223,10 @@ class Loading:
                 cut,
                 verify=True,
                 kv_bytes=held.kv_bytes,
-                streamed_blocks=member.streamed_blocks,
+                streamed_blocks=held.member.streamed_blocks,
             )
 
-        shard = (await self._node.loader.run(load)).value
+        shard = held.engine = (await self._node.loader.run(load)).value
         if self._is_withdrawn:
             return
         self._held[digest] = held

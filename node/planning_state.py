@@ -23,7 +23,7 @@ from covey.store.views import Authored, Views
 
 from .catalog import LocalModel
 from .pins import Pinned
-from .route import Route
+from .route import Route, runnable
 
 EXPERIENCE_S = 3600.0  # what was seen longer ago is forgotten, and its subject has another chance
 AHEAD_S = 600.0  # how far a clock may be ahead of ours
@@ -40,6 +40,13 @@ class ModelState:
     ready: Mapping[str, frozenset[str]]  # plan digest -> peers whose stage is ready
     pin: Authored[Pin] | None = None
     claimed: Mapping[str, DeviceProfile] = field(default_factory=dict)  # as they say themselves
+
+    def slowness(self, peer_id: str) -> float:
+        """How many times slower than it says others find a member; 1 where nobody complains."""
+        device, claimed = self.devices.get(peer_id), self.claimed.get(peer_id)
+        if device is None or claimed is None:
+            return 1.0
+        return device.decode_s_per_block / claimed.decode_s_per_block
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +96,13 @@ def world_of(
         for peer, device in state.devices.items()
         if peer in live and device.engine == model.engine
     }
-    return World(layout=model.layout, devices=devices, links=state.links, request=workload)
+    return World(
+        layout=model.layout,
+        devices=devices,
+        links=state.links,
+        request=workload,
+        scope=runnable(model.engine),
+    )
 
 
 def device_record(profiles: Mapping[str, DeviceProfile]) -> ProfileRecord:

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import get_args
 
 from covey.partition.plan import LayerPlan, StagePlan
+from covey.partition.scope import Scope
 from covey.transport.errors import ErrorCode
 from covey.transport.messages import Codec
 
-from .engine.tensors import HIDDEN_DTYPES, EngineDtype, EngineKind
+from .engine.tensors import HIDDEN_DTYPES, NATIVE_KINDS, EngineDtype, EngineKind
 from .errors import NodeError
 
 _CODECS: dict[str, Codec] = {name: name for name in get_args(Codec)}
@@ -101,3 +102,11 @@ class Route:
 def routes_of(plan: LayerPlan) -> tuple[Route, ...]:
     """One route for each pipeline. Raises UnsupportedPlan if one of them cannot be run."""
     return tuple(Route.of(plan, idx) for idx in range(len(plan.pipelines)))
+
+
+def runnable(engine: EngineKind) -> Scope:
+    """What plans for an engine may be made of: what `Route.of` and the engine take."""
+    may_stream = engine in NATIVE_KINDS.values()
+    if HIDDEN_DTYPES[engine] == "fp32":
+        return Scope(may_stream=may_stream)
+    return Scope(max_members=1, may_stream=may_stream)

@@ -107,7 +107,7 @@ class Node:
         clock = asyncio.get_running_loop().time
         self.clock = clock
         self.switch = Switch(self.peer_id, lambda peer_id: self.mesh.peer(peer_id))
-        self.server = StageServer(self.switch, self.worker, clock)
+        self.server = StageServer(self.switch, self.worker, clock, self._hold)
         self.pipelines = Pipelines(self.switch)
         self.switch.on_message(Forward, self._take_forward)
         self.mesh = Mesh(

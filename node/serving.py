@@ -12,7 +12,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +64,12 @@ class LoadedStage:
     compute_s: float = 0.0
 
     @property
+    def spokes(self) -> Sequence[str]:
+        """The other members of its group, if it is one."""
+        stage = self.route.stages[self.stage_idx]
+        return [peer_id for peer_id in stage.peers if peer_id != stage.hub]
+
+    @property
     def taken_bytes(self) -> int:
         """Memory that the weights take, and the KV cache that is leased now."""
         return self.engine.weight_bytes + self.leases.capacity_bytes - self.leases.free_bytes
@@ -80,15 +86,30 @@ class _Session:
     n_owed: int = 0  # forwards taken and not yet pushed on
     task: asyncio.Task[None] | None = field(default=None)  # none while it is being opened
     ended_by: ErrorCode | None = None
+    holds: ExitStack = field(default_factory=ExitStack)
 
 
 class StageServer:
-    """Every stage and session of this node."""
+    """Every stage and session of this node.
 
-    def __init__(self, switch: Switch, worker: Worker, clock: Callable[[], float]) -> None:
+    Args:
+        switch: that brings frames and takes results.
+        worker: that computes.
+        clock: monotonic seconds.
+        hold: keeps the links to peers watched closely for as long as its context lasts.
+    """
+
+    def __init__(
+        self,
+        switch: Switch,
+        worker: Worker,
+        clock: Callable[[], float],
+        hold: Callable[[Sequence[str]], AbstractContextManager[None]] = lambda _: nullcontext(),
+    ) -> None:
         self._switch = switch
         self._worker = worker
         self._clock = clock
+        self._hold = hold
         self._stages: dict[str, LoadedStage] = {}  # by plan digest
         self._sessions: dict[str, _Session] = {}
         self.timings: deque[Timing] = deque(maxlen=MAX_KEPT)  # for who wants to know
@@ -192,6 +213,7 @@ class StageServer:
         session = _Session(request, head, stage, asyncio.Queue(MAX_QUEUED_FORWARDS))
         self._sessions[name] = session
         self._is_idle.clear()
+        session.holds.enter_context(self._hold(stage.spokes))  # a silent one is noticed soon
         opened = self._worker.run(lambda: stage.engine.open_session(name, n_tokens, keys))
         return self._opened(session, opened)
 
@@ -326,6 +348,7 @@ class StageServer:
         session.ended_by = code
         if not self._sessions:
             self._is_idle.set()
+        session.holds.close()
         session.stage.leases.release(name)
         session.stage.batcher.forget(name)
         if session.task is not None and session.task is not asyncio.current_task():

@@ -13,6 +13,7 @@ from .memory import block_cap
 from .network import Network
 from .plan import Pipeline
 from .profile import DeviceProfile, LinkProfile, ModelLayout, Workload
+from .scope import EVERYTHING, Scope
 from .search import Candidate, Front, pareto_front
 
 
@@ -24,6 +25,7 @@ class World:
     devices: Mapping[str, DeviceProfile]
     links: tuple[LinkProfile, ...]
     request: Workload
+    scope: Scope = EVERYTHING
 
 
 def evaluate(pipelines: Sequence[Pipeline], world: World) -> Candidate:
@@ -55,7 +57,11 @@ def front_or_reason(world: World) -> Front | PartitionError:
     """The front, or why there is none: both are worth remembering."""
     try:
         return pareto_front(
-            world.layout, world.devices.values(), world.links, request=world.request
+            world.layout,
+            world.devices.values(),
+            world.links,
+            request=world.request,
+            scope=world.scope,
         )
     except PartitionError as error:
         return error

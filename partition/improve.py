@@ -100,6 +100,7 @@ def replanned(
                 [change.world.devices[peer] for peer in kept],
                 [link for link in change.world.links if {link.a, link.b} <= kept],
                 request=world.request,
+                scope=world.scope,
             )
             better = choose(front, prefer)
             found.append(_improvement(change, candidate, better, prefer, names or {}))

@@ -1,4 +1,4 @@
-"""The search's view of one question: every cost as a numpy table, indexed by device and block.
+"""The search's view of one question: every cost as a numpy table, by unit, device and block.
 
 Devices are numbered in the order they are given, which the caller makes the same on every member.
 Tables hold the same grid values as `cost.price`, so sums of them equal its figures bit for bit.
@@ -6,64 +6,86 @@ Tables hold the same grid values as `cost.price`, so sums of them equal its figu
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
-from .cost import (
-    Network,
-    block_cap,
-    block_step_s,
-    chunk_s_per_block,
-    kv_bytes_per_block,
-    on_grid,
-    token_bytes_at,
-)
-from .profile import DeviceProfile, ModelLayout, Workload
+from .codecs import codec_for
+from .cost import Network, head_steps_s, token_bytes_at
+from .profile import STEP_BATCHES, DeviceProfile, ModelLayout, Workload
+from .speed import block_steps_s, chunk_s_per_block
+from .units import Unit, has_all_groups, units_of
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Instance:
-    """Tables of one question. n devices, N blocks; d and e are devices, b blocks, h the head."""
+    """Tables of one question.
+
+    n devices d, e; N blocks b; U units u; B batches j, the STEP_BATCHES that the sessions fill.
+    """
 
     n_blocks: int
     n_chunks: int
     n_sessions: int
-    head_idx: int | None  # None: the first stage's device
-    head_s: Floats  # [h]
-    decode_s: Floats  # [e] per block
-    chunk_s: Floats  # [e] per block
-    ends: Ints  # [e, b]: furthest end of a span that starts at b and fits
-    head_ends: Ints  # [e, b]: the same when e is the head as well
-    hop_s: Floats  # [d, e, b] latency + wire of one token, cut in front of b; inf: no link
-    wire_s: Floats  # [d, e, b]
-    chunk_hop_s: Floats  # [d, e, b]
+    head_idx: int | None  # device; None: the hub of the first stage
+    units: tuple[Unit, ...]
+    has_all_groups: bool  # False: of many devices, only likely ones
+    alone_s: Floats  # [d, B] a block of each device alone
+    alone_chunk_s: Floats  # [d]
+    head_s: Floats  # [d, B]
+    decode_s: Floats  # [u, B] per block, of a whole batch
+    chunk_s: Floats  # [u] per block
+    overhead_s: Floats  # [u] per step
+    ends: Ints  # [u, b]: furthest end of a span that starts at b and fits
+    head_ends: Ints  # [u, b]: the same of the first stage
+    latency_s: Floats  # [d, e]; inf: no link
+    wire_s: Floats  # [d, e, b] of one token, cut in front of b
     chunk_wire_s: Floats  # [d, e, b]
 
     @property
     def n_devices(self) -> int:
         """Devices in the tables."""
-        return len(self.decode_s)
+        return len(self.head_s)
 
-    def ends_of(self, e: int, start: Ints, is_head: npt.NDArray[np.bool_]) -> Ints:
-        """Furthest end of a span of `e` from each of `start`; `start` itself if none fits."""
-        ends: Ints = np.where(is_head, self.head_ends[e, start], self.ends[e, start])
-        return ends
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Sessions of a step, for each j."""
+        return STEP_BATCHES[: self.head_s.shape[1]]
 
-    def caps(self) -> Ints:
-        """[e]: most blocks that e could run at its best place."""
+    @cached_property
+    def hub(self) -> Ints:
+        """[u]: each unit's hub."""
+        return np.array([unit.hub for unit in self.units], dtype=np.int64)
+
+    @cached_property
+    def mask(self) -> Ints:
+        """[u]: each unit's devices, a bit for each."""
+        masks = np.array([unit.mask for unit in self.units], dtype=np.uint64)
+        return masks.astype(np.int64)
+
+    @cached_property
+    def caps(self) -> tuple[Ints, Ints]:
+        """[u] each: most blocks that a unit could run at its best place; the same if it is first,
+        where it begins at block 0."""
         room = self.ends - np.arange(self.n_blocks + 1)
-        if self.head_idx is not None:
-            head_room = self.head_ends[self.head_idx] - np.arange(self.n_blocks + 1)
-            room[self.head_idx] = head_room
-        caps: Ints = room.max(axis=1)
-        return caps
+        return room.max(axis=1), self.head_ends[:, 0].copy()
+
+    @cached_property
+    def is_uniform(self) -> bool:
+        """Whether it is all the same where cuts are: no figure then depends on the order of spans
+        but for the links between them."""
+        blocks = np.arange(self.n_blocks + 1)
+        caps = self.caps[0][:, None]
+        has_even_room = (self.ends == np.minimum(blocks + caps, self.n_blocks)).all()
+        has_even_wire = (self.wire_s == self.wire_s[:, :, -1:]).all()
+        return bool(has_even_room and has_even_wire)
 
 
 def build_instance(
@@ -73,74 +95,69 @@ def build_instance(
     *,
     request: Workload,
     head: str | None,
-    codec: str,
     index_pattern: str | None,
+    max_members: int,
 ) -> Instance:
     """Fill the tables."""
-    head_bytes = layout.embedding_bytes + layout.head_bytes
+    found = units_of(layout, devices, network, request, max_members=max_members, head=head)
+    units = [unit for unit, _ in found]
     peers = [device.peer_id for device in devices]
-    hops = _hop_tables(layout, peers, network, request, codec, index_pattern)
+    n_batches = sum(batch <= request.n_sessions for batch in STEP_BATCHES)
+    latency_s, wire_s, chunk_wire_s = _link_tables(layout, peers, network, request, index_pattern)
     return Instance(
         n_blocks=layout.n_blocks,
         n_chunks=request.n_chunks,
         n_sessions=request.n_sessions,
         head_idx=None if head is None else peers.index(head),
-        head_s=np.array([on_grid(device.head_s) for device in devices]),
-        decode_s=np.array([block_step_s(device, 1, request.depth) for device in devices]),
-        chunk_s=np.array([chunk_s_per_block(device, request) for device in devices]),
-        ends=np.array([span_ends(layout, device, request) for device in devices]),
-        head_ends=np.array(
-            [span_ends(layout, device, request, reserved=head_bytes) for device in devices]
-        ),
-        hop_s=hops[0],
-        wire_s=hops[1],
-        chunk_hop_s=hops[2],
-        chunk_wire_s=hops[3],
+        units=tuple(units),
+        has_all_groups=max_members < 2 or not layout.can_split or has_all_groups(devices),
+        alone_s=np.array([block_steps_s(device, request)[:n_batches] for device in devices]),
+        alone_chunk_s=np.array([chunk_s_per_block(device, request) for device in devices]),
+        head_s=np.array([head_steps_s(device)[:n_batches] for device in devices]),
+        decode_s=np.array([unit.decode_s[:n_batches] for unit in units]).reshape(-1, n_batches),
+        chunk_s=np.array([unit.chunk_s for unit in units]),
+        overhead_s=np.array([unit.overhead_s for unit in units]),
+        ends=np.array([room.ends for _, room in found]).reshape(-1, layout.n_blocks + 1),
+        head_ends=np.array([room.head_ends for _, room in found]).reshape(-1, layout.n_blocks + 1),
+        latency_s=latency_s,
+        wire_s=wire_s,
+        chunk_wire_s=chunk_wire_s,
     )
 
 
-def span_ends(
-    layout: ModelLayout, device: DeviceProfile, request: Workload, *, reserved: int = 0
-) -> list[int]:
-    """[n_blocks + 1]: how far a span from each block may reach on `device`.
-
-    `reserved` bytes of its memory are for something else.
-    """
-    kv_bytes = kv_bytes_per_block(layout, request)
-    total = [0]  # memory of the first b blocks
-    for n_bytes in layout.block_bytes:
-        total.append(total[-1] + n_bytes + kv_bytes)
-    budget, cap = device.memory_bytes - reserved, block_cap(device)
-    # bisect gives the first total above the budget; the one before it still fits.
-    reach = [bisect_right(total, used + budget) - 1 for used in total]
-    return [max(b, min(end, b + cap)) for b, end in enumerate(reach)]
-
-
-def _hop_tables(
+def _link_tables(
     layout: ModelLayout,
     peers: Sequence[str],
     network: Network,
     request: Workload,
-    codec: str,
     index_pattern: str | None,
-) -> Floats:
-    """[4, d, e, b]: hop, wire, chunk hop and chunk wire; a device is at no distance from itself."""
-    cuts = [
-        token_bytes_at(layout, b, codec=codec, index_pattern=index_pattern)
-        for b in range(layout.n_blocks + 1)
-    ]
-    tables = np.full((4, len(peers), len(peers), layout.n_blocks + 1), np.inf)
+) -> tuple[Floats, Floats, Floats]:
+    """Latency [d, e], wire and chunk wire [d, e, b]; a device is at no distance from itself."""
+    n, n_cuts = len(peers), layout.n_blocks + 1
+    latency_s = np.full((n, n), np.inf)
+    wire_s, chunk_wire_s = np.zeros((2, n, n, n_cuts))
     for d, sender in enumerate(peers):
         for e, receiver in enumerate(peers):
+            link = None if d == e else network.link(sender, receiver)
+            if d == e:
+                latency_s[d, e] = 0.0
+            if link is None:
+                continue
+            codec = codec_for(layout, link, request)
+            cuts = [
+                token_bytes_at(layout, b, codec=codec, index_pattern=index_pattern)
+                for b in (range(n_cuts) if index_pattern else (n_cuts - 1,))
+            ]
             for token_bytes in set(cuts):  # at most two: with and without indices
                 border = network.border(
                     sender, receiver, token_bytes=token_bytes, chunk_tokens=request.chunk_tokens
                 )
                 if border is None:
                     continue
-                here = [n_bytes == token_bytes for n_bytes in cuts]
-                tables[0, d, e, here] = border.decode_s
-                tables[1, d, e, here] = border.wire_s
-                tables[2, d, e, here] = border.chunk_s
-                tables[3, d, e, here] = border.chunk_wire_s
-    return tables
+                here = (
+                    [n_bytes == token_bytes for n_bytes in cuts] if index_pattern else slice(None)
+                )
+                latency_s[d, e] = border.latency_s
+                wire_s[d, e, here] = border.wire_s
+                chunk_wire_s[d, e, here] = border.chunk_wire_s
+    return latency_s, wire_s, chunk_wire_s

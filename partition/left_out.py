@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .choose import Prefer, cost
+from .codecs import codecs_for
 from .errors import PartitionError
 from .evaluate import World, evaluate, is_held
 from .memory import block_cap, kv_bytes_per_block
@@ -118,7 +119,7 @@ def _best_with(
 ) -> Candidate | None:
     """The cheapest of the front's points with the peer and of the chosen plan with it put in."""
     found = [point for point in others if any(peer in stage.peers for stage in point.stages)]
-    for pipelines in _put_in(peer, chosen, world.layout.n_blocks):
+    for pipelines in _put_in(peer, chosen, world):
         with suppress(PartitionError):
             made = evaluate(pipelines, world)
             if is_held(made, world):
@@ -126,15 +127,19 @@ def _best_with(
     return min(found, key=lambda one: (cost(one.prediction, prefer), one.pipelines), default=None)
 
 
-def _put_in(peer: str, chosen: Candidate, n_blocks: int) -> Iterator[tuple[Pipeline, ...]]:
+def _put_in(peer: str, chosen: Candidate, world: World) -> Iterator[tuple[Pipeline, ...]]:
     """Alone; as a replica beside the others; in place of a stage; or with some blocks of one."""
-    alone = Pipeline.of([StagePlan.alone(peer, 0, n_blocks)])
+    network = Network(world.links)
+    alone = Pipeline.of([StagePlan.alone(peer, 0, world.layout.n_blocks)])
     yield (alone,)
-    yield (*chosen.pipelines, alone)
+    if len(chosen.pipelines) < world.scope.max_pipelines:
+        yield (*chosen.pipelines, alone)
     for idx, pipeline in enumerate(chosen.pipelines):
         for stages in _stages_with(peer, pipeline):
+            hubs = [stage.hub for stage in stages]
+            codecs = codecs_for(hubs, world.layout, network.link, world.request)
             with suppress(PartitionError):
-                made = Pipeline.of(stages)
+                made = Pipeline.of(stages, codecs=codecs)
                 yield (*chosen.pipelines[:idx], made, *chosen.pipelines[idx + 1 :])
 
 

@@ -1,9 +1,9 @@
 """The Pareto front of one model over the devices at hand: which of them, which spans, what order.
 
-Exact for households (up to `EXACT_DEVICES` devices) by label setting, see `labels`; beyond, or
-when a question proves too hard, a beam search of fixed width, and `Front.exact` says so. Effort is
-counted in labels and never in seconds, and devices are taken in order of peer id, so that every
-member gets the same front from the same profiles, in whatever order they arrived.
+Exact for households (up to `EXACT_DEVICES` devices), see `exact`; beyond, or when a question proves
+too hard, a bounded search, and `Front.gap` says how much better a plan could be at most. Effort is
+counted in what is looked at and never in seconds, and devices are taken in order of peer id, so
+that every member gets the same front from the same profiles, in whatever order they arrived.
 """
 
 from __future__ import annotations
@@ -11,25 +11,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from .bounded import relative_gap, search_bounded
+from .chains import Chain, Found
+from .codecs import codecs_for
 from .cost import Network, price, reply_s
 from .dominance import front_of
 from .errors import InvalidPlan
-from .instance import build_instance, span_ends
-from .labels import Chain, LabelSearch
-from .plan import (
-    Pipeline,
-    Prediction,
-    StagePlan,
-    border_bytes_per_token,
-    check_index_pattern,
-)
+from .exact import search_exact
+from .instance import Instance, build_instance
+from .plan import Pipeline, Prediction, StagePlan, check_index_pattern
 from .profile import DeviceProfile, LinkProfile, ModelLayout, Workload
-from .shortfall import infeasible, reserved, why_no_single
+from .scope import Scope
+from .shortfall import infeasible, reserved, span_ends, why_no_single
 
 EXACT_DEVICES = 12
-BEAM_WIDTHS = (512, 4096)  # labels per number of stages; the second run where the first cut off
-MAX_DEVICES = 60  # considered at all, the fastest first; a set of devices is a 64-bit number
-MAX_LABELS = 6_000_000  # made before an exact search is given up: about 5 s on one x86 core
+MAX_DEVICES = 64  # considered at all, the fastest first; a set of devices is a 64-bit number
+MAX_EFFORT = 20_000_000  # boxes and labels before an exact search is given up: some 20 s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +50,9 @@ class Front:
     best_single: Candidate | None  # the one device that would answer soonest on its own
     no_single_because: str | None  # one line, where there is no such device
     exact: bool  # False: a bounded search; there may be better plans
+    #: How much less, as a share, the best balanced cost could be at most: of any plan of the
+    #: devices and groups that were looked at, which is all where the front is exact.
+    gap: float = 0.0
 
 
 def pareto_front(
@@ -62,78 +62,115 @@ def pareto_front(
     *,
     request: Workload | None = None,
     head: str | None = None,
-    codec: str = "exact",
     index_pattern: str | None = None,
+    scope: Scope | None = None,
 ) -> Front:
     """Every plan that is not beaten in all of TTFT, TPOT and throughput.
 
     Args:
         layout: the model.
         devices: profiles for this model, at most one per peer.
-        links: in any order and direction, see `Network`.
+        links: in any order and direction, see `Network`; each border gets its link's codec.
         request: what the plan is for; memory for it is a hard limit.
-        head: peer that embeds and samples; the first stage's device if not given.
-        codec: of every border between two devices.
+        head: peer that embeds and samples; the first stage's hub if not given.
         index_pattern: F or S per block, when top-k indices are shared between blocks.
+        scope: what plans may be made of.
 
     Raises:
         PlanInfeasible: no chain of linked devices holds the model.
         InvalidPlan: a profile is of another model, doubled, or missing for `head`.
     """
-    request = request or Workload()
-    border_bytes_per_token(layout, codec)  # refuses unknown codecs before any work is done
+    request, scope = request or Workload(), scope or Scope()
     if index_pattern is not None:
         check_index_pattern(index_pattern, layout.n_blocks)
     ordered, everyone = _considered(layout, devices, head)
     if not ordered:
         raise infeasible(layout, ordered, request, head)
-    network = Network(links)
+    question = _Question(layout, ordered, Network(links), request, head, index_pattern)
     instance = build_instance(
         layout,
         ordered,
-        network,
+        question.network,
         request=request,
         head=head,
-        codec=codec,
         index_pattern=index_pattern,
+        max_members=scope.max_members,
     )
-    search = LabelSearch(instance)
-    widths = (*BEAM_WIDTHS, MAX_LABELS) if len(ordered) <= EXACT_DEVICES else BEAM_WIDTHS
-    exact = any(search.run(width=width, max_labels=MAX_LABELS) for width in widths)
-    by_peer = {device.peer_id: device for device in ordered}
-
-    def candidate(stages: tuple[StagePlan, ...]) -> Candidate:
-        codecs = (codec,) * (len(stages) + 1)
-        pipeline = Pipeline.of(stages, codecs=codecs, index_pattern=index_pattern)
-        terms = price(
-            stages,
-            layout,
-            by_peer,
-            network,
-            request=request,
-            head=head,
-            codecs=codecs,
-            index_pattern=index_pattern,
-        )
-        return Candidate(pipelines=(pipeline,), prediction=terms.prediction())
-
-    found = [candidate(_stages_of(chain, ordered)) for _, chain in search.front]
-    if not found:
+    found = Found(instance)
+    exact = _search(instance, found)
+    points = [question.candidate(_stages_of(chain, instance)) for _, chain in found.front]
+    if not points:
         raise infeasible(layout, ordered, request, head)
-    singles = [
-        candidate((StagePlan.alone(device.peer_id, 0, layout.n_blocks),))
-        for device in ordered
-        if _holds_all(layout, device, request, head)
-        and (head is None or device.peer_id == head or network.link(head, device.peer_id))
-    ]
+    singles = question.singles()
     return Front(
-        points=_best(found),
+        points=_best(points),
         best_single=min(
             singles, key=lambda one: (reply_s(one.prediction), one.stages), default=None
         ),
         no_single_because=None if singles else why_no_single(layout, ordered, request, head),
-        exact=exact and everyone,
+        exact=exact and everyone and instance.has_all_groups,
+        gap=0.0 if exact else relative_gap(instance, found),
     )
+
+
+def _search(instance: Instance, found: Found) -> bool:
+    """Fill `found`; whether all of the front is in it."""
+    if not instance.units:
+        return False
+    is_small = instance.n_devices <= EXACT_DEVICES
+    if is_small and search_exact(instance, found, max_effort=MAX_EFFORT):
+        return True
+    search_bounded(instance, found)
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """What is asked, with the devices in order."""
+
+    layout: ModelLayout
+    devices: Sequence[DeviceProfile]
+    network: Network
+    request: Workload
+    head: str | None
+    index_pattern: str | None
+
+    def candidate(self, stages: tuple[StagePlan, ...]) -> Candidate:
+        """The pipeline of some stages, in the codecs of its links, with what it should do."""
+        codecs = codecs_for(
+            [stage.hub for stage in stages],
+            self.layout,
+            self.network.link,
+            self.request,
+            head=self.head,
+        )
+        terms = price(
+            stages,
+            self.layout,
+            {device.peer_id: device for device in self.devices},
+            self.network,
+            request=self.request,
+            head=self.head,
+            codecs=codecs,
+            index_pattern=self.index_pattern,
+        )
+        pipeline = Pipeline.of(stages, codecs=codecs, index_pattern=self.index_pattern)
+        return Candidate(pipelines=(pipeline,), prediction=terms.prediction())
+
+    def singles(self) -> list[Candidate]:
+        """Each device that can run the model on its own."""
+        layout, head = self.layout, self.head
+        return [
+            self.candidate((StagePlan.alone(device.peer_id, 0, layout.n_blocks),))
+            for device in self.devices
+            if self._holds_all(device)
+            and (head is None or device.peer_id == head or self.network.link(head, device.peer_id))
+        ]
+
+    def _holds_all(self, device: DeviceProfile) -> bool:
+        layout, request = self.layout, self.request
+        head_weights = reserved(layout, device, self.head)
+        return span_ends(layout, device, request, reserved=head_weights)[0] == layout.n_blocks
 
 
 def _best(found: list[Candidate]) -> tuple[Candidate, ...]:
@@ -160,16 +197,9 @@ def _considered(
     return considered, len(given) <= MAX_DEVICES
 
 
-def _stages_of(chain: Chain, devices: Sequence[DeviceProfile]) -> tuple[StagePlan, ...]:
-    starts = (0, *(end for _, end in chain))
-    return tuple(
-        StagePlan.alone(devices[device_idx].peer_id, start, end)
-        for start, (device_idx, end) in zip(starts, chain, strict=False)
-    )
-
-
-def _holds_all(
-    layout: ModelLayout, device: DeviceProfile, request: Workload, head: str | None
-) -> bool:
-    head_weights = reserved(layout, device, head)
-    return span_ends(layout, device, request, reserved=head_weights)[0] == layout.n_blocks
+def _stages_of(chain: Chain, instance: Instance) -> tuple[StagePlan, ...]:
+    stages, start = [], 0
+    for unit, n_blocks in zip(chain.units, chain.n_blocks, strict=True):
+        stages.append(instance.units[unit].stage(start, start + n_blocks))
+        start += n_blocks
+    return tuple(stages)

@@ -5,11 +5,11 @@ Sentences name peers by their ids; whoever shows them puts the names of machines
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 
 from .errors import PlanInfeasible
-from .instance import span_ends
 from .memory import block_cap, head_bytes, kv_bytes_per_block, stage_bytes
 from .plan import Span
 from .profile import DeviceProfile, ModelLayout, Workload
@@ -77,6 +77,23 @@ def most_blocks(
     """The longest span that fits on `device` beside what is reserved."""
     ends = span_ends(layout, device, request, reserved=reserved_bytes)
     return max(end - start for start, end in enumerate(ends))
+
+
+def span_ends(
+    layout: ModelLayout, device: DeviceProfile, request: Workload, *, reserved: int = 0
+) -> list[int]:
+    """[n_blocks + 1]: how far a span from each block may reach on `device`.
+
+    `reserved` bytes of its memory are for something else.
+    """
+    kv_bytes = kv_bytes_per_block(layout, request)
+    total = [0]  # memory of the first b blocks
+    for n_bytes in layout.block_bytes:
+        total.append(total[-1] + n_bytes + kv_bytes)
+    budget, cap = device.memory_bytes - reserved, block_cap(device)
+    # bisect gives the first total above the budget; the one before it still fits.
+    reach = [bisect_right(total, used + budget) - 1 for used in total]
+    return [max(b, min(end, b + cap)) for b, end in enumerate(reach)]
 
 
 def _remedies(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from time import perf_counter
 
 import numpy as np
 
@@ -38,6 +39,8 @@ class Spoke:
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
         self.n_runs = 0
+        self.compute_s = 0.0  # of all runs, waiting for sums included
+        self.sum_wait_s = 0.0
         self._sessions: dict[str, int] = {}  # positions that each has room for
         self._lock = threading.Lock()
         self._reduce: AllReduce | None = None
@@ -135,6 +138,7 @@ class Spoke:
         self.shard.close_session(session)
 
     def _run(self, reduce: AllReduce, epoch: int, word: Run, hidden: Floats) -> None:
+        began_at = perf_counter()
         steps, start = [], 0
         for rows in word.steps:
             steps.append(Step(rows.session, rows.position, hidden[start : start + rows.n_rows]))
@@ -143,5 +147,7 @@ class Spoke:
             if error is not None:  # we differ from the hub, which has them all
                 self.shard.end(is_done=False)
                 raise error
-        run_blocks(self.shard, hidden, reduce, epoch)
+        sum_wait_s = run_blocks(self.shard, hidden, reduce, epoch)
         self.n_runs += 1
+        self.sum_wait_s += sum_wait_s
+        self.compute_s += perf_counter() - began_at

@@ -59,6 +59,7 @@ class GroupStage:
         self.hidden_size = shard.hidden_size
         self.weight_bytes = shard.weight_bytes
         self.kv_bytes_per_token = max(shard.kv_bytes_per_token, 1)
+        self.sum_wait_s = 0.0  # of all steps
         self._form = form
         self._on_broken = on_broken
         self._reduce: AllReduce | None = None
@@ -175,7 +176,7 @@ class GroupStage:
         except ReduceAborted:
             self.shard.end(is_done=False)
             raise
-        run_blocks(self.shard, hidden, reduce, self._epoch)
+        self.sum_wait_s += run_blocks(self.shard, hidden, reduce, self._epoch)
         return hidden
 
     # --- attempts ---------------------------------------------------------------------------------

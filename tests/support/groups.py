@@ -77,3 +77,4 @@ def memory_group(shards: Sequence[Shard], **options: object) -> Iterator[MemoryG
         group.stage.give_up("the test is over")
         for spoke in group.spokes.values():
             spoke.stop()
+        del group.stage  # it and the group know each other: lanes free their files at once

@@ -7,6 +7,7 @@ from itertools import combinations
 import pytest
 
 from covey.partition.errors import InvalidPlan, PlanInfeasible
+from covey.partition.plan import border_bytes_per_token
 from covey.partition.profile import Workload
 from covey.partition.search import Front, pareto_front
 from support.plans import device, layout, link, stages
@@ -61,7 +62,9 @@ def test_a_given_head_is_kept_though_it_runs_no_block() -> None:
     devices = [device("head", max_blocks=0), device("a")]
     front = pareto_front(layout(4), devices, [link("head", "a")], head="head")
     assert spans(front) == [[("a", 0, 4)]]
-    assert front.points[0].prediction.tpot_s == pytest.approx(0.04 + 0.001 + 2 * 0.002)
+    sent = border_bytes_per_token(layout(4), front.points[0].pipelines[0].codecs[0])
+    hop_s = 0.001 + sent / 1e6
+    assert front.points[0].prediction.tpot_s == pytest.approx(0.04 + 0.001 + 2 * hop_s)
 
 
 def test_a_slow_link_is_left_out() -> None:
@@ -103,8 +106,6 @@ def test_a_doubled_or_foreign_profile_is_refused() -> None:
         pareto_front(layout(4), [device("a"), device("a")], [])
     with pytest.raises(InvalidPlan):
         pareto_front(layout(4), [device("a")], [], head="b")
-    with pytest.raises(InvalidPlan):
-        pareto_front(layout(4), [device("a")], [], codec="zip")
 
 
 def test_many_devices_are_searched_within_bounds_and_it_is_said() -> None:
