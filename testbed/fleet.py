@@ -30,7 +30,9 @@ from .topology import Host, Topology
 SCALE = 0.5
 MAX_LOAD = 1.6  # of two cores
 PROFILED_S = 60.0
-SETTLED_S = sum(SETTLE_S) + 4.0  # until the last of a new link's probes is over
+# A new link is probed at once and after each of these pauses, for so many round trips each time.
+N_PROBES = 1 + len(SETTLE_S)
+PROBE_S, PROBE_ROUND_TRIPS = 0.5, 20
 SESSIONS = 4  # at once, as plans reckon with
 CONTEXT = 512
 
@@ -79,7 +81,7 @@ class Fleet:
 
     def settle(self) -> None:
         """Wait until nodes no longer probe each other's links because these are new."""
-        time.sleep(max(0.0, self.began_at + SETTLED_S - time.monotonic()))
+        time.sleep(max(0.0, self.began_at + settling_s(self.members) - time.monotonic()))
 
     def check(self) -> None:
         """Raise LabBroken if a node has ended."""
@@ -96,6 +98,13 @@ def named(members: Sequence[Member]) -> dict[str, Member]:
         n_before = sum(other.kind == member.kind for other in names.values())
         names[f"{member.kind}-{chr(ord('a') + n_before)}"] = member
     return names
+
+
+def settling_s(members: Mapping[str, Member]) -> float:
+    """How long after the last member has joined links are still probed because they are new."""
+    cables_s = sorted(PRESETS[member.link].rtt_ms / 1e3 for member in members.values())
+    probe_s = PROBE_S + PROBE_ROUND_TRIPS * sum(cables_s[-2:])
+    return sum(SETTLE_S) + N_PROBES * probe_s
 
 
 def topology(members: Mapping[str, Member]) -> Topology:
