@@ -9,7 +9,7 @@ KERNELS = $(VENV)/.kernels
 
 .PHONY: setup demo test test-lab test-arm lint format fuzz soak build clean \
     lab lab-nat lab-paths lab-swarm lab-links lab-plan lab-groups lab-tpi bench-pipeline bench-transport bench-engine \
-    bench-codecs
+    bench-codecs bench-allreduce bench-window
 
 MODEL ?= smollm2
 
@@ -38,7 +38,7 @@ demo: $(KERNELS)
 test: $(KERNELS)
 	PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 $(BIN)/pytest
 
-# What takes minutes: every kind of NAT named, every pair of them punched through; a secret's renewal.
+# What takes minutes: every kind of NAT and every pair of them, every cut of a model, sanitizers.
 test-lab: $(KERNELS)
 	PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 $(BIN)/pytest -m lab
 
@@ -117,6 +117,10 @@ bench-engine: $(KERNELS)
 # What the codecs of hidden states lose and save.
 bench-codecs: $(KERNELS)
 	$(BIN)/python -m benchmarks.bench_codecs
+
+# Sums of a group on loopback, and of eight members on slow links. Needs what the labs need.
+bench-allreduce: $(KERNELS)
+	$(BIN)/python -m benchmarks.bench_allreduce
 
 build: $(KERNELS)
 	rm -rf dist

@@ -49,8 +49,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=N_TOKENS)
     arguments = parser.parse_args()
     rows: list[Row] = []
-    for engine in ENGINES:
-        model = open_model(arguments.model, Engines(engine, THREADS[engine]))
+    models = {
+        engine: open_model(arguments.model, Engines(engine, THREADS[engine])) for engine in ENGINES
+    }
+    for engine, model in models.items():
         for name, cuts in CUTS.items():
             stages = [model.load_stage(span) for span in pairwise(cuts)]
             is_one = name == "one border"
@@ -60,6 +62,7 @@ def main() -> None:
                 most = MOST_KL[codec] if is_one and engine == "fp32" else None
                 rows.append(Row(f"{figure}: mean KL", kl, most))
                 rows.append(Row(f"{figure}: top-1", top1, None, "at least"))
+    model = models[ENGINES[-1]]
     exact_bytes = _bytes_per_token(model, "exact")
     for codec in CODECS:
         n_bytes = _bytes_per_token(model, codec)

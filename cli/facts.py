@@ -11,6 +11,11 @@ from . import options
 from .local import local_client
 from .render import out, seconds, show, size, table
 
+_STAGE_COLUMNS = (
+    *("blocks", "part", "steps", "received", "computed", "of it for sums", "for the disk"),
+    "free KV cache",
+)
+
 
 def status(home: options.Home = None, as_json: options.AsJson = False) -> None:
     """Show members, spans, links, sessions and speeds."""
@@ -44,16 +49,19 @@ def _render_status(facts: dict[str, Any]) -> None:
     rows = [
         (
             f"{stage['span'][0]}-{stage['span'][1]}",
+            _part_text(stage),
             str(stage["forwards"]),
             size(stage["received_bytes"]),
             seconds(stage["compute_s"]),
+            seconds(stage["sum_wait_s"]) if stage["role"] != "alone" else "-",
+            seconds(stage["disk_wait_s"]) if stage["streamed_blocks"] else "-",
             size(stage["kv_free_bytes"]),
         )
         for stage in facts["stages"]
     ]
     if rows:
         out.print()
-        table("Stages here", ("blocks", "steps", "received", "computed", "free KV cache"), rows)
+        table("Stages here", _STAGE_COLUMNS, rows)
     sessions = facts["sessions"]
     speed = f", last at {sessions['tok_per_s']:.1f} tok/s" if sessions["tok_per_s"] else ""
     out.print(
@@ -63,6 +71,13 @@ def _render_status(facts: dict[str, Any]) -> None:
     for model in facts["models"]:
         state = "ready" if model["is_ready"] else model["why_not"]
         out.print(f"model {model['name']}: {state}{_engine_text(model)}")
+
+
+def _part_text(stage: dict[str, Any]) -> str:
+    if stage["role"] == "alone":
+        return "all"
+    share = f"{stage['kv_heads']} KV heads, {stage['mlp_columns']} columns"
+    return f"{share} ({stage['role']} of {len(stage['members'])})"
 
 
 def _engine_text(model: dict[str, Any]) -> str:

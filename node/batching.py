@@ -191,5 +191,6 @@ class Batcher(Generic[T, R]):
             if isinstance(outcome, CoveyError):
                 item.future.set_exception(outcome)
             else:
-                queue_s = done.queue_s + queued_at - item.submitted_at
+                # Below zero for one that came while the job was already taking its items.
+                queue_s = max(0.0, done.queue_s + queued_at - item.submitted_at)
                 item.future.set_result(Done(outcome, queue_s, done.compute_s))

@@ -89,6 +89,7 @@ class LocalModel:
         on_block: Callable[[int, int], None] | None = None,
         verify: bool = False,
         kv_bytes: int | None = None,
+        streamed_blocks: int = 0,
     ) -> Shard:
         """A member's part of blocks [start, end); see `Engines.load_shard`."""
         return self._engines.load_shard(
@@ -99,6 +100,7 @@ class LocalModel:
             on_block=on_block,
             verify=verify,
             kv_bytes=kv_bytes,
+            streamed_blocks=streamed_blocks,
         )
 
     @cached_property

@@ -157,6 +157,7 @@ class Engines:
         on_block: Callable[[int, int], None] | None = None,
         verify: bool = False,
         kv_bytes: int | None = None,
+        streamed_blocks: int = 0,
     ) -> Shard:
         """Read what a member of a group holds of the blocks of `span`; the rest as `load_stage`.
 
@@ -173,6 +174,7 @@ class Engines:
                 cache=self._cache,
                 kv_bytes=kv_bytes,
                 quantize=quantized_as(kind),
+                streamed_blocks=streamed_blocks,
             )
         self._set_torch_threads()
         from .engine.torch_shard import load_shard

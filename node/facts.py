@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from covey import __version__
 from covey.store.schema import MAX_MAPPED, MAX_RELAYS, MemberCard
 
+from .loading import Held
 from .service import ModelEntry
 
 if TYPE_CHECKING:
@@ -160,9 +161,9 @@ def _member(node: Node, card: MemberCard, *, is_live: bool) -> dict[str, Any]:
         "spans": {
             model.name: list(span)
             for model in node.catalog
-            if (route := node.planning.route(model.digest)) is not None
-            for peer_id, span in zip(route.peers, route.spans, strict=True)
-            if peer_id == card.peer_id
+            for route in node.planning.routes(model.digest)
+            for stage, span in zip(route.stages, route.spans, strict=True)
+            if card.peer_id in stage.peers
         },
         "link": link,
     }
@@ -188,16 +189,38 @@ def _models(node: Node) -> list[dict[str, Any]]:
 
 
 def _stages(node: Node) -> list[dict[str, Any]]:
-    return [
-        {
-            "plan": digest,
-            "model": stage.route.plan.model_digest,
-            "stage": stage.stage_idx,
-            "span": list(stage.route.spans[stage.stage_idx]),
-            "forwards": stage.n_forwards,
-            "received_bytes": stage.received_bytes,
-            "compute_s": round(stage.compute_s, 6),
-            "kv_free_bytes": stage.leases.free_bytes,
+    return [_part(node, held) for held in node.planning.loading if held.is_serving]
+
+
+def _part(node: Node, held: Held) -> dict[str, Any]:
+    """One stage or shard; seconds are those of all its steps together."""
+    stage, member = held.stage, held.member
+    facts: dict[str, Any] = {
+        "plan": held.route.digest,
+        "model": held.route.plan.model_digest,
+        "stage": held.stage_idx,
+        "span": list(held.route.spans[held.stage_idx]),
+        "role": held.role,
+        "members": list(stage.peers),
+        "kv_heads": member.kv_heads,
+        "mlp_columns": member.mlp_columns,
+        "streamed_blocks": member.streamed_blocks,
+        "disk_wait_s": round(held.stall_s, 6),
+        "sum_wait_s": round(held.sum_wait_s, 6),
+        "arrival_spread": None if held.group is None else held.group.spread(),
+    }
+    if held.spoke is not None:
+        spoke = held.spoke
+        return facts | {
+            "forwards": spoke.n_runs,
+            "received_bytes": 0,  # by links; the group's lanes are not counted here
+            "compute_s": round(spoke.compute_s, 6),
+            "kv_free_bytes": max(held.kv_bytes - spoke.leased_bytes, 0),
         }
-        for digest, stage in node.server.stages.items()
-    ]
+    loaded = node.server.stages[held.route.digest]
+    return facts | {
+        "forwards": loaded.n_forwards,
+        "received_bytes": loaded.received_bytes,
+        "compute_s": round(loaded.compute_s, 6),
+        "kv_free_bytes": loaded.leases.free_bytes,
+    }

@@ -26,6 +26,7 @@ from .errors import Busy, NotReady, PromptTooLong, SessionFailed
 from .head_batch import HeadBatches, NextToken, Sampled
 from .model.errors import ModelError
 from .model.sampling import SampledToken, Sampler, StopMatcher
+from .observing import MAX_STEPS, SeenStep
 from .pipeline import Pipelines, PipelineSession, StepResult
 from .prefix import prefix_keys
 from .prompt import chat_tokens, prompt_tokens
@@ -48,6 +49,8 @@ T = TypeVar("T")
 
 #: Finds the model and the plan of a request, or raises UnknownModel or NotReady.
 FindRoute = Callable[[str], tuple[LocalModel, Route]]
+#: Is told of the decode steps of each session, and how many tokens its prompt had.
+Observe = Callable[[LocalModel, Route, int, Sequence[SeenStep]], None]
 #: Keeps the links to these peers watched closely for as long as the context lasts.
 Hold = Callable[[Sequence[str]], AbstractContextManager[None]]
 
@@ -87,7 +90,9 @@ class Generator:
         worker: Worker,
         context_tokens: int,
         max_sessions: int,
+        observe: Observe = lambda *_: None,
     ) -> None:
+        self.observe = observe
         self._find_route = find_route
         self.hold = hold
         self.pipelines = pipelines
@@ -155,6 +160,7 @@ class _Run:
         self._began_at = began_at
         self._n_held = 0
         self._totals = _Totals(route.n_stages)
+        self._seen: deque[SeenStep] = deque(maxlen=MAX_STEPS)
 
     async def events(self) -> AsyncGenerator[Event, None]:
         model = self._model
@@ -173,6 +179,7 @@ class _Run:
         finally:
             self._owner.pipelines.close(session)
             self._owner.head_batches.forget(session.name)
+            self._owner.observe(self._model, self._route, self._n_prompt, self._seen)
 
     async def _open(self) -> PipelineSession:
         try:
@@ -226,6 +233,8 @@ class _Run:
                 break
             result = await self._within(session.wait(ahead))
             self._totals.add(result)
+            if self._owner.n_active == 1:  # or what it took would be partly other sessions'
+                self._seen.append(SeenStep(result.took_s, result.trace))
         tail = ""
         if not stopped:
             tail, stopped = matcher.push(stream.flush())

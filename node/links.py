@@ -1,11 +1,13 @@
 """Measures the links of this node and publishes what they can do.
 
-Every live member that could share a plan with us is dialled and measured once, one at a time, so
-that the planner knows pairs that nobody has used yet; afterwards the round-trip time is taken from
-ordinary heartbeats and the loss from what the kernel had to send again, and a bandwidth probe of
-megabytes follows only where the time has changed, or the link goes another way. Each end measures
-the direction away from it: half the round trip, and the bandwidth towards the other. No two clocks
-are compared.
+Every live member that could share a plan with us is dialled and measured, one at a time, so that
+the planner knows pairs that nobody has used yet. Right after a member has joined, plans are made
+and blocks are loaded, and both ends answer late: a link is measured again when that is over, and
+the best of these first probes counts, for what disturbs a probe only ever makes it worse.
+Afterwards the round-trip time is taken from ordinary heartbeats and the loss from what the kernel
+had to send again, and a bandwidth probe of megabytes follows only where the time has changed, or
+the link goes another way. Each end measures the direction away from it: half the round trip, and
+the bandwidth towards the other. No two clocks are compared.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 
 from covey.partition.errors import PartitionError
 from covey.partition.profile import MAX_LOSS, LinkProfile
@@ -21,17 +24,22 @@ from covey.store.replica import Replica
 from covey.transport.errors import TransportError
 from covey.transport.link import Packets
 from covey.transport.mesh import Mesh
+from covey.transport.peer import Peer
 
 from .planning_state import link_record
 
 logger = logging.getLogger(__name__)
 
 LOOK_S = 1.0  # between looks for links that were never measured
+SETTLE_S = (4.0, 20.0)  # between the first probes of a link
 REMEASURE_S = 6 * 3600.0  # a probe takes 5 MB, and idle nodes are to be quiet
 REMEASURE_CHANGED_S = 600.0  # where the round-trip time has become another
 RETRY_S = 15.0  # after a member that could not be reached
 NOTE_EVERY_S = 30.0  # per link, at most
 NOTABLE_CHANGE = 0.5  # of the RTT; less is noise, and every publication costs all members
+NOTABLE_RTT_S = 1e-3  # below a millisecond the planner has nothing to win from a better figure
+# Beside a session heartbeats wait for its frames and steps: less than this says nothing of the way.
+NOTABLE_BUSY_RTT_S = 20e-3
 NOTABLE_PROBE = 0.2  # of what a whole probe found: it is better than a heartbeat
 NOTABLE_LOSS = 0.01  # share of packets: what a plan can be the worse for
 LOSS_PACKETS = 200  # that one sample of the loss is made of
@@ -55,10 +63,11 @@ class LossMeter:
             return
         n_sent = now.n_sent - self._base.n_sent
         n_resent = now.n_resent - self._base.n_resent
-        if n_sent < 0 or n_resent < 0:  # another carrier: its counts began anew
+        if n_sent < 0:  # another carrier: its counts began anew
             self.skip(None)
         elif n_sent >= LOSS_PACKETS:
-            sample = min(n_resent / n_sent, MAX_LOSS)
+            # Below zero where it turns out that what was sent again had arrived.
+            sample = min(max(0.0, n_resent / n_sent), MAX_LOSS)
             known = sample if self.loss is None else self.loss
             self.loss = known + LOSS_WEIGHT * (sample - known)
             self._base = now
@@ -82,6 +91,7 @@ class LinkMeter:
         self._clock = clock
         self._profiles: dict[str, LinkProfile] = {}
         self._due_at: dict[str, float] = {}
+        self._n_probes: dict[str, int] = {}  # of the way that a link goes now
         self._noted_at: dict[str, float] = {}
         self._losses: defaultdict[str, LossMeter] = defaultdict(LossMeter)
 
@@ -119,15 +129,27 @@ class LinkMeter:
                     }
                 )
             )
-            self._due_at[peer_id] = self._clock() + REMEASURE_S
         except (TransportError, PartitionError) as error:
             logger.debug("link not measured: %s", error, extra={"peer": peer_id[-8:]})
             self._due_at[peer_id] = self._clock() + RETRY_S
 
     def _probed(self, new: LinkProfile) -> None:
-        """Publish what a probe found, unless it is what is known."""
+        """Publish what a probe found, unless it is what is known; say when the next one is due."""
         known = self._profiles.get(new.b)
-        if known is None or new.kind != known.kind or _differ(known, new):
+        if known is not None and new.kind != known.kind:
+            known = None
+            self._n_probes.pop(new.b, None)
+        n_before = self._n_probes.get(new.b, 0)
+        if known is not None and 0 < n_before <= len(SETTLE_S):
+            new = replace(
+                new,
+                rtt_s=min(new.rtt_s, known.rtt_s),
+                bandwidth_bytes_per_s=max(new.bandwidth_bytes_per_s, known.bandwidth_bytes_per_s),
+            )
+        wait_s = SETTLE_S[n_before] if n_before < len(SETTLE_S) else REMEASURE_S
+        self._n_probes[new.b] = n_before + 1
+        self._due_at[new.b] = self._clock() + wait_s
+        if known is None or _differ(known, new):
             self._publish(new)
 
     def _note_changes(self) -> None:
@@ -142,12 +164,13 @@ class LinkMeter:
                 continue
             self._losses[peer_id].look(peer.packets)
             if now - self._noted_at[peer_id] > NOTE_EVERY_S:
-                self._note(peer_id, peer.rtt_s, self._losses[peer_id].loss)
+                self._note(peer_id, peer, self._losses[peer_id].loss)
 
-    def _note(self, peer_id: str, rtt_s: float | None, loss: float | None) -> None:
-        known = self._profiles[peer_id]
-        # Below a millisecond the planner has nothing to win from a better figure.
-        least = max(NOTABLE_CHANGE * known.rtt_s, 1e-3)
+    def _note(self, peer_id: str, peer: Peer, loss: float | None) -> None:
+        known, rtt_s = self._profiles[peer_id], peer.rtt_s
+        least = max(NOTABLE_CHANGE * known.rtt_s, NOTABLE_RTT_S)
+        if peer.is_needed and rtt_s is not None and rtt_s > known.rtt_s:
+            least = max(least, NOTABLE_BUSY_RTT_S)
         is_rtt_new = rtt_s is not None and abs(rtt_s - known.rtt_s) > least
         is_loss_new = loss is not None and abs(loss - known.loss) > NOTABLE_LOSS
         if is_rtt_new:

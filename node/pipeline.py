@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from covey.errors import CoveyError
@@ -46,6 +47,7 @@ class StepResult:
     hidden: HiddenStates | None  # [n_return, hidden_size]
     trace: Sequence[StageTrace]
     returned_bytes: int
+    took_s: float  # from sending it to having it back, by the head's clock
 
 
 @dataclass(slots=True)
@@ -53,17 +55,26 @@ class _Waiting:
     position: int
     n_return: int
     future: asyncio.Future[StepResult]
+    sent_at: float
 
 
 class PipelineSession:
     """One session along a plan's stages; made by `Pipelines.open`."""
 
-    def __init__(self, name: str, route: Route, hidden_size: int, switch: Switch) -> None:
+    def __init__(
+        self,
+        name: str,
+        route: Route,
+        hidden_size: int,
+        switch: Switch,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.name = name
         self.route = route
         self.n_held = 0  # leading positions that every stage holds already
         self._hidden_size = hidden_size
         self._switch = switch
+        self._clock = clock
         self._next_step = 0
         self._waiting: dict[int, _Waiting] = {}
         self._failure: Failed | None = None
@@ -84,7 +95,7 @@ class PipelineSession:
         route = self.route
         step, self._next_step = self._next_step, self._next_step + 1
         future: asyncio.Future[StepResult] = asyncio.get_running_loop().create_future()
-        self._waiting[step] = _Waiting(position, n_return, future)
+        self._waiting[step] = _Waiting(position, n_return, future, self._clock())
         message = Forward(
             session=self.name,
             epoch=route.epoch,
@@ -133,7 +144,8 @@ class PipelineSession:
         del self._waiting[message.step]
         if not waiting.future.done():
             nbytes = len(tensor.data) if tensor is not None else 0
-            waiting.future.set_result(StepResult(hidden, message.trace, nbytes))
+            took_s = self._clock() - waiting.sent_at
+            waiting.future.set_result(StepResult(hidden, message.trace, nbytes, took_s))
 
     def _hidden_of(
         self, tensor: Tensor | None, message: Forward, n_return: int

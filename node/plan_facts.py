@@ -12,7 +12,7 @@ from typing import Any
 
 from covey.partition.choose import Choice, Limits, Prefer, choose_within, cost
 from covey.partition.errors import PartitionError
-from covey.partition.evaluate import World, front_or_reason
+from covey.partition.evaluate import World, evaluate, front_or_reason
 from covey.partition.explain import BoundKind, compare, explain, verdict
 from covey.partition.improve import Improvement, improvements, replanned
 from covey.partition.left_out import why_left_out
@@ -20,7 +20,7 @@ from covey.partition.plan import Pipeline, Prediction
 from covey.partition.search import Candidate, Front
 
 from .pins import Pinned, pipelines_value
-from .planning_state import Outlook
+from .planning_state import ModelState, Outlook
 from .route import Route
 from .service import PlanQuery
 
@@ -64,11 +64,11 @@ def plan_facts(outlook: Outlook, question: Question) -> dict[str, Any]:
             "context_tokens": world.request.context_tokens,
         },
         **shown.facts(),
-        "active": _active(active, question.names),
+        "active": active_facts(active, world, question.names),
         "pinned": None if pin is None else _pinned(pin, question.names),
         "because": None if active is None else _because(active, pin, shown, question.prefer),
         "why_not": outlook.why_not if active is None else None,
-        "why": None if question.why is None else _why(question, shown),
+        "why": None if question.why is None else _why(question, shown, outlook.state),
         "what_if": None if question.what_if is None else _what_if(question, shown),
     }
 
@@ -178,11 +178,16 @@ def _for_workload(world: World, query: PlanQuery) -> World:
     return replace(world, request=request)
 
 
-def _active(active: Route | None, names: Names) -> dict[str, Any] | None:
+def active_facts(active: Route | None, world: World, names: Names) -> dict[str, Any] | None:
+    """The plan that runs, with what it should do by the profiles of now, like all points."""
     if active is None:
         return None
+    try:
+        prediction = evaluate(active.plan.pipelines, world).prediction
+    except PartitionError:  # a member's profile is gone: what its proposer reckoned
+        prediction = active.plan.prediction
     return {
-        **_figures(active.plan.pipelines, active.plan.prediction, names),
+        **_figures(active.plan.pipelines, prediction, names),
         "epoch": active.epoch,
         "digest": active.digest,
         "proposer": active.plan.proposer,
@@ -208,10 +213,20 @@ def _because(active: Route, pin: Pinned | None, shown: _Shown, prefer: Prefer) -
     return "what would be chosen now (+) is not better by enough to move"
 
 
-def _why(question: Question, shown: _Shown) -> dict[str, Any]:
+def _why(question: Question, shown: _Shown, state: ModelState) -> dict[str, Any]:
     """Why a member is left out of what is chosen."""
     peer = question.why or ""
-    facts: dict[str, Any] = {"peer_id": peer, "name": _name(peer, shown.names)}
+    slowness = state.slowness(peer)
+    doubt = (
+        f"; others find it {slowness:.1f} times slower than it says, and plans are made with that"
+        if slowness > 1.0
+        else ""
+    )
+    facts: dict[str, Any] = {
+        "peer_id": peer,
+        "name": _name(peer, shown.names),
+        "slower_than_said": slowness,
+    }
     unplanned = question.why_unplanned
     if unplanned is not None or shown.chosen is None:
         text = unplanned or f"there is no plan at all: {shown.infeasible}"
@@ -228,6 +243,7 @@ def _why(question: Question, shown: _Shown) -> dict[str, Any]:
     return {
         **facts,
         **told.to_value(),
+        "text": told.text + doubt,
         "with_it": None
         if with_it is None
         else _figures(with_it.pipelines, with_it.prediction, shown.names),

@@ -23,25 +23,23 @@ from covey.partition.activation import (
 )
 from covey.partition.choose import choose
 from covey.partition.errors import PartitionError
-from covey.partition.evaluate import World, front_or_reason
+from covey.partition.evaluate import World, adjusted, front_or_reason
 from covey.partition.plan import LayerPlan, make_plan
 from covey.partition.profile import DeviceProfile, Workload
 from covey.partition.search import Candidate, Front
 from covey.store.replica import Replica
-from covey.store.schema import ProfileRecord, Ready
+from covey.store.schema import ProfileRecord
 from covey.store.views import Views
+from covey.transport.lane.opening import Lanes
 from covey.transport.mesh import Mesh
 from covey.transport.peer import Peer
 
 from .catalog import Catalog, LocalModel
 from .config import NodeConfig
-from .engine.errors import EngineError
-from .engine.lease import LeaseTable
 from .engine.tensors import options_for
-from .errors import NodeError
 from .home import Home
 from .links import LinkMeter
-from .model.errors import ModelError
+from .loading import Loading
 from .pins import pinned
 from .planning_state import (
     ModelState,
@@ -52,8 +50,10 @@ from .planning_state import (
     world_of,
 )
 from .profiling import device_profile
-from .route import Route, UnsupportedPlan
-from .serving import LEASE_TTL_S, LoadedStage, StageServer
+from .refining import Refining
+from .route import Route, UnsupportedPlan, routes_of
+from .serving import StageServer
+from .switch import Switch
 from .worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -73,6 +73,8 @@ class Host(Protocol):
     replica: Replica
     views: Views
     server: StageServer
+    switch: Switch
+    lanes: Lanes
     loader: Worker
     clock: Callable[[], float]
 
@@ -90,9 +92,12 @@ class Planning:
         )
         self.measured_share = 0.0  # of the figures of this device that are there, for people
         self._devices: dict[str, DeviceProfile] = {}  # this node's own, by model digest
-        self._routes: dict[str, Route] = {}  # the active ones, by model digest
+        self._refining = Refining(
+            self._devices, node.server.timings, self._publish_profiles, node.clock
+        )
+        self._routes: dict[str, tuple[Route, ...]] = {}  # of the active plan, by model digest
         self._reasons: dict[str, str] = {}  # why a model has no route
-        self._failed: set[str] = set()  # plans whose stage could not be loaded here
+        self.loading = Loading(node, self._spoilt)
         self._uncovered_since: dict[str, float] = {}  # by model digest
         self._fronts: dict[str, tuple[World, Front | PartitionError]] = {}
         self._first_seen: dict[str, float] = {}  # when a proposal came, by plan digest
@@ -100,9 +105,13 @@ class Planning:
         self._is_withdrawn = False
         node.replica.subscribe(lambda _author, _keys: self._woken.set())
 
+    def routes(self, model_digest: str) -> tuple[Route, ...]:
+        """The pipelines of a model's active plan; none if it has no plan."""
+        return self._routes.get(model_digest, ())
+
     def route(self, model_digest: str) -> Route | None:
-        """The active plan of a model, if it has one."""
-        return self._routes.get(model_digest)
+        """The first pipeline of a model's active plan, if it has one."""
+        return next(iter(self.routes(model_digest)), None)
 
     def why_not(self, model_digest: str) -> str:
         """Why a model has no active plan, in a phrase."""
@@ -122,34 +131,37 @@ class Planning:
     def withdraw(self) -> None:
         """Take back our word that stages are ready: the node is stopping."""
         self._is_withdrawn = True
-        replica, own = self._node.replica, self._node.peer_id
-        for author, key, _ in list(replica.items(Ready.prefix)):
-            if author == own:
-                replica.delete(key)
+        self.loading.withdraw()
 
     async def outlook(self, model: LocalModel) -> Outlook:
         """What is known of a model now, and the front over it."""
-        state = self._state(model)
+        state = self.state(model)
         world = self.world(model, state)
         return Outlook(
             model=model,
             state=state,
             world=world,
             front=await self._front(model, world),
-            active=self._routes.get(model.digest),
+            active=self.route(model.digest),
             why_not=self.why_not(model.digest),
             pinned=pinned(state.pin, world),
         )
 
+    def state(self, model: LocalModel) -> ModelState:
+        """What the replica says of a model now."""
+        n_blocks = model.checkpoint.config.n_blocks
+        return read_state(self._node.views, model.digest, n_blocks, unix_time=time.time())
+
     def world(self, model: LocalModel, state: ModelState | None = None) -> World:
         """What a plan could be made of now."""
         workload = Workload(context_tokens=self._node.config.context_tokens)
-        return world_of(model, state or self._state(model), self._node.live_peers(), workload)
+        return world_of(model, state or self.state(model), self._node.live_peers(), workload)
 
     async def run(self) -> None:
         """Measure, then plan until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._meter.run())
+            group.create_task(self._refining.run())
             group.create_task(self._plan_for_ever())
 
     async def _plan_for_ever(self) -> None:
@@ -165,7 +177,10 @@ class Planning:
             self._woken.clear()
 
     def _could_share_a_plan(self) -> frozenset[str]:
-        """The live members that offer a model of ours: links to others are never planned with."""
+        """The live members that offer a model of ours: links to others are never planned with.
+
+        Nobody until this device is measured: a probe and that would spoil each other.
+        """
         models = {model.digest for model in self._node.catalog}
         if not models:
             return frozenset()
@@ -175,6 +190,8 @@ class Planning:
             for author, _, value in profiles
             if isinstance(offered := value.get("value"), dict) and models & offered.keys()
         }
+        if self._node.peer_id not in offering:
+            return frozenset()
         return self._node.live_peers() & offering
 
     async def _publish_devices(self) -> None:
@@ -199,13 +216,10 @@ class Planning:
         if self._devices or replica.get(self._node.peer_id, record.key) is not None:
             replica.set(record.key, record.to_value())
 
-    def _state(self, model: LocalModel) -> ModelState:
-        return read_state(self._node.views, model.digest, model.checkpoint.config.n_blocks)
-
     async def _step(self, model: LocalModel) -> None:
         if self._is_withdrawn:
             return
-        state = self._state(model)
+        state = self.state(model)
         live = self._node.live_peers()
         valid = valid_proposals(state.plans, model.layout, state.devices, state.ready)
         active = active_plan(valid, state.ready, live, model.layout, state.devices, state.links)
@@ -237,7 +251,7 @@ class Planning:
         return now - self._uncovered_since.setdefault(model.digest, now)
 
     def _set_route(self, model: LocalModel, active: LayerPlan | None) -> None:
-        known = self._routes.get(model.digest)
+        known = self.route(model.digest)
         if active is None:
             if self._routes.pop(model.digest, None) is not None:
                 logger.warning("%s has no plan now", model.name)
@@ -245,18 +259,20 @@ class Planning:
         if known is not None and known.digest == active.digest:
             return
         try:
-            route = Route.of(active)
+            routes = routes_of(active)
         except UnsupportedPlan as error:
             self._reasons[model.digest] = str(error)
             return
-        if route.engine != model.engine:
+        engine = routes[0].engine
+        if engine != model.engine:
             self._reasons[model.digest] = (
-                f"the swarm runs it on {route.engine}: start this node {options_for(route.engine)}"
+                f"the swarm runs it on {engine}: start this node {options_for(engine)}"
             )
             self._routes.pop(model.digest, None)
             return
-        logger.info("plan of %s is active: %s", model.name, route.spans)
-        self._routes[model.digest] = route
+        spans = [route.spans for route in routes]
+        logger.info("plan of %s is active: %s", model.name, spans)
+        self._routes[model.digest] = routes
 
     async def _load_and_unload(
         self,
@@ -266,69 +282,18 @@ class Planning:
         active: LayerPlan | None,
         live: frozenset[str],
     ) -> None:
-        server, own = self._node.server, self._node.peer_id
-        epoch = active.epoch if active is not None else 0
+        own, epoch = self._node.peer_id, active.epoch if active is not None else 0
         wanted = [
             plan
             for plan in valid
             if plan.epoch >= epoch and live.issuperset(plan.peers) and own in plan.peers
         ][:MAX_LOADED]
-        keep = {plan.digest for plan in wanted}
-        for digest, stage in list(server.stages.items()):
-            is_ours = stage.route.plan.model_digest == model.digest
-            if is_ours and digest not in keep and not server.sessions_of(digest):
-                server.remove(digest)
-                self._unsay_ready(digest, stage.stage_idx)
-        for plan in wanted:
-            if plan.digest not in server.stages and plan.digest not in self._failed:
-                await self._load(model, plan)
-            elif plan.digest in server.stages and own not in state.ready[plan.digest]:
-                self._say_ready(server.stages[plan.digest])
+        await self.loading.step(model, wanted, state, self._devices.get(model.digest))
 
-    async def _load(self, model: LocalModel, plan: LayerPlan) -> None:
-        node, digest = self._node, plan.digest
-        device = self._devices.get(model.digest)
-        if device is None:
-            return  # withdrawn; the others are about to see it
-        try:
-            route = Route.of(plan)
-            stage_idx = route.peers.index(node.peer_id)
-            span = route.spans[stage_idx]
-            logger.info("loading blocks %d to %d of %s", *span, model.name)
-            taken = sum(other.taken_bytes for other in node.server.stages.values())
-            weights = sum(model.layout.block_bytes[slice(*span)])
-            kv_bytes = max(device.memory_bytes - weights - taken, 0)
-            engine = (
-                await node.loader.run(
-                    lambda: model.load_stage(span, verify=True, kv_bytes=kv_bytes)
-                )
-            ).value
-        except (NodeError, EngineError) as error:
-            logger.warning("a plan cannot run here: %s", error)
-            self._failed.add(digest)
-            return
-        except (ModelError, OSError):
-            # Its file is not what it was: stop offering the model, so that others plan anew.
-            logger.exception("%s cannot be served from here", model.name)
-            self._failed.add(digest)
-            self._devices.pop(model.digest, None)
-            self._publish_profiles()
-            return
-        if self._is_withdrawn:
-            return
-        leases = LeaseTable(
-            bytes_per_token=engine.kv_bytes_per_token, capacity_bytes=kv_bytes, ttl_s=LEASE_TTL_S
-        )
-        self._say_ready(node.server.add(route, stage_idx, engine, leases))
-
-    def _say_ready(self, stage: LoadedStage) -> None:
-        ready = Ready(plan_digest=stage.route.digest, stage_idx=stage.stage_idx, at=time.time())
-        self._node.replica.set(ready.key, ready.to_value())
-
-    def _unsay_ready(self, digest: str, stage_idx: int) -> None:
-        ready = Ready(plan_digest=digest, stage_idx=stage_idx, at=0.0)
-        if self._node.replica.get(self._node.peer_id, ready.key) is not None:
-            self._node.replica.delete(ready.key)
+    def _spoilt(self, model: LocalModel) -> None:
+        """Stop offering a model, so that others plan anew."""
+        self._devices.pop(model.digest, None)
+        self._publish_profiles()
 
     async def _propose(
         self,
@@ -356,7 +321,9 @@ class Planning:
         else:
             active_now = priced(active, model.layout, state.devices, state.links)
             if not should_replace(active_now, best.prediction, node.config.prefer):
-                return
+                best = adjusted(active.pipelines, world)
+                if best is None:
+                    return
         epoch = highest_active_epoch(state.plans, state.ready) + 1
         plan = _plan_of(model, best, epoch, node.peer_id)
         if any(known.digest == plan.digest for known in state.plans):

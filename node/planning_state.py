@@ -9,11 +9,12 @@ from __future__ import annotations
 import base64
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from covey.partition.errors import PartitionError
 from covey.partition.evaluate import World
+from covey.partition.observed import Observation, corrected
 from covey.partition.plan import LayerPlan, PlanLimits
 from covey.partition.profile import DeviceProfile, LinkProfile, Workload
 from covey.partition.search import Front
@@ -22,8 +23,10 @@ from covey.store.views import Authored, Views
 
 from .catalog import LocalModel
 from .pins import Pinned
-from .route import RUNNABLE, Route
+from .route import Route, runnable
 
+EXPERIENCE_S = 3600.0  # what was seen longer ago is forgotten, and its subject has another chance
+AHEAD_S = 600.0  # how far a clock may be ahead of ours
 MAX_PROPOSALS = 8  # per proposer and model, newest first; an honest one has two or three
 
 
@@ -31,11 +34,19 @@ MAX_PROPOSALS = 8  # per proposer and model, newest first; an honest one has two
 class ModelState:
     """One model in the eyes of this replica."""
 
-    devices: Mapping[str, DeviceProfile]  # by peer
+    devices: Mapping[str, DeviceProfile]  # by peer, as slow as others find them
     links: tuple[LinkProfile, ...]
     plans: tuple[LayerPlan, ...]
     ready: Mapping[str, frozenset[str]]  # plan digest -> peers whose stage is ready
     pin: Authored[Pin] | None = None
+    claimed: Mapping[str, DeviceProfile] = field(default_factory=dict)  # as they say themselves
+
+    def slowness(self, peer_id: str) -> float:
+        """How many times slower than it says others find a member; 1 where nobody complains."""
+        device, claimed = self.devices.get(peer_id), self.claimed.get(peer_id)
+        if device is None or claimed is None:
+            return 1.0
+        return device.decode_s_per_block / claimed.decode_s_per_block
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,15 +62,15 @@ class Outlook:
     pinned: Pinned | None
 
 
-def read_state(views: Views, model_digest: str, n_blocks: int) -> ModelState:
+def read_state(views: Views, model_digest: str, n_blocks: int, *, unix_time: float) -> ModelState:
     """Everything published about a model, in a fixed order."""
-    devices: dict[str, DeviceProfile] = {}
+    claimed: dict[str, DeviceProfile] = {}
     links: list[LinkProfile] = []
     for entry in views.profiles():
         if entry.record.kind == "device":
             profile = _device_of(entry.record.value, entry.author, model_digest)
             if profile is not None:
-                devices[entry.author] = profile
+                claimed[entry.author] = profile
         elif (link := _link_of(entry.record, entry.author)) is not None:
             links.append(link)
     plans: list[LayerPlan] = []
@@ -71,7 +82,9 @@ def read_state(views: Views, model_digest: str, n_blocks: int) -> ModelState:
     plans = _without_floods(plans)
     ready = {plan.digest: _ready_peers(views, plan) for plan in plans}
     pin = views.newest_pin(model_digest)
-    return ModelState(devices, tuple(links), tuple(plans), ready, pin)
+    observations = _observations(views, model_digest, unix_time)
+    devices = {peer: corrected(device, observations) for peer, device in claimed.items()}
+    return ModelState(devices, tuple(links), tuple(plans), ready, pin, claimed)
 
 
 def world_of(
@@ -84,7 +97,11 @@ def world_of(
         if peer in live and device.engine == model.engine
     }
     return World(
-        layout=model.layout, devices=devices, links=state.links, request=workload, scope=RUNNABLE
+        layout=model.layout,
+        devices=devices,
+        links=state.links,
+        request=workload,
+        scope=runnable(model.engine),
     )
 
 
@@ -126,6 +143,20 @@ def _link_of(record: ProfileRecord, author: str) -> LinkProfile | None:
     except PartitionError:
         return None
     return profile if (profile.a, profile.b) == (author, record.peer) else None
+
+
+def _observations(views: Views, model_digest: str, unix_time: float) -> list[Observation]:
+    return [
+        Observation(
+            observer=entry.author,
+            peer_id=peer_id,
+            decode_s_per_block=seen.decode_s_per_block,
+            n_sessions=seen.n_sessions,
+        )
+        for entry in views.experiences(model_digest)
+        for peer_id, seen in entry.record.peers.items()
+        if -AHEAD_S < unix_time - seen.at < EXPERIENCE_S
+    ]
 
 
 def _plan_of(record: PlanRecord, n_blocks: int) -> LayerPlan | None:

@@ -21,15 +21,15 @@ from covey.partition.profile import BATCHES, DeviceProfile
 from .catalog import LocalModel
 from .config import NodeConfig
 from .disk import disk_read_speed
-from .engine.measure import Progress, measure_blocks, rising, time_in_turn
+from .engine.measure import Progress, cold_caches, measure_blocks, rising, time_in_turn
 from .engine.stage import Stage
 from .head_batch import NextToken, sample_all
 from .home import Home
 from .model.sampling import Sampler, SamplingParams
 from .overhead import step_overhead_s
 
-MEASURES = 2  # counts what is measured here, and how: figures of another are not used
-MEASURED_BYTES = 16 << 20  # of blocks: together larger than most caches
+MEASURES = 3  # counts what is measured here, and how: figures of another are not used
+MEASURED_BYTES = 16 << 20  # of blocks: enough that no step is over in no time
 MIN_BLOCKS = 2
 SPARE_MEMORY = 0.7  # of what is free now: the machine has an owner who uses it
 BLOCKS_BUDGET_S = 1.5
@@ -129,7 +129,9 @@ def _head_times(model: LocalModel, stage: Stage) -> list[float]:
     def work(n: int) -> Callable[[], object]:
         return lambda: sample_all(model, [wish] * n)
 
-    times = time_in_turn({n: work(n) for n in (1, *BATCHES)}, budget_s=HEAD_BUDGET_S)
+    times = time_in_turn(
+        {n: work(n) for n in (1, *BATCHES)}, budget_s=HEAD_BUDGET_S, before=cold_caches()
+    )
     return rising([times[n] for n in (1, *BATCHES)])
 
 

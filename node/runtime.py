@@ -23,6 +23,7 @@ from covey.transport.control import ControlPlane
 from covey.transport.errors import LinkClosed, PeerLeft, TransportError
 from covey.transport.frame import Frame
 from covey.transport.identity import Identity, verify
+from covey.transport.lane.opening import Lanes
 from covey.transport.membership import Swarm
 from covey.transport.mesh import Mesh
 from covey.transport.messages import Forward, JoinRequest, MembershipNotice, Welcome
@@ -41,6 +42,7 @@ from .errors import NotReady, RemovedFromSwarm
 from .facts import own_card, relays_on_offer
 from .generation import Generator
 from .gossip import Gossip
+from .group.forming import lane_kinds
 from .home import Home
 from .members import Members
 from .membership import (
@@ -53,6 +55,7 @@ from .membership import (
     save_keyring,
     save_removal,
 )
+from .observing import Observing
 from .pipeline import Pipelines
 from .planning import Planning
 from .route import Route
@@ -104,7 +107,7 @@ class Node:
         clock = asyncio.get_running_loop().time
         self.clock = clock
         self.switch = Switch(self.peer_id, lambda peer_id: self.mesh.peer(peer_id))
-        self.server = StageServer(self.switch, self.worker, clock)
+        self.server = StageServer(self.switch, self.worker, clock, self._hold)
         self.pipelines = Pipelines(self.switch)
         self.switch.on_message(Forward, self._take_forward)
         self.mesh = Mesh(
@@ -129,6 +132,7 @@ class Node:
             on_removed=self._member_removed,
             on_standing=lambda: self.epochs.look(),
         )
+        self.lanes = Lanes(self.mesh, kinds=lane_kinds())
         rng = random.Random(secrets.randbits(64))  # noqa: S311  spreads load, guards nothing
         self.epochs = Epochs(
             identity,
@@ -171,6 +175,7 @@ class Node:
             on_failed=self.epochs.dial_failed,
         )
         self.planning = Planning(self)
+        self.observing = Observing(self.replica, self.peer_id, self.planning.state, clock=clock)
         self.generator = Generator(
             find_route=self._find_route,
             hold=self._hold,
@@ -178,6 +183,7 @@ class Node:
             worker=self.worker,
             context_tokens=config.context_tokens,
             max_sessions=config.max_sessions,
+            observe=self.observing.saw,
         )
         self._known = entry.known
         self.desk = Desk(self)
@@ -260,6 +266,8 @@ class Node:
                 await self.server.drained()
         await self.pipelines.aclose()
         await self.server.aclose()
+        await self.planning.loading.aclose()
+        await self.lanes.aclose()
         await self.discovery.aclose()
         await self.epochs.aclose()
         await self.gossip.aclose()
@@ -325,8 +333,8 @@ class Node:
         return frozenset({self.peer_id, *heard})
 
     def _plan_partners(self) -> set[str]:
-        """Those who hold another stage of a plan that we hold a stage of."""
-        plans = [stage.route.plan for stage in self.server.stages.values()]
+        """Those who hold another part of a plan that we hold a part of."""
+        plans = [held.route.plan for held in self.planning.loading]
         return {peer for plan in plans for peer in plan.peers} - {self.peer_id}
 
     def _is_allowed(self, peer_id: str) -> bool:
@@ -345,9 +353,8 @@ class Node:
             return
         self.discovery.forget(peer_id)
         self.reach.drop(peer_id)
-        self.server.peer_lost(peer_id)
-        self.pipelines.peer_lost(peer_id)
-        self.planning.wake()
+        self.lanes.drop(peer_id)
+        self._peer_lost(peer_id)
 
     def _link_up(self, peer: Peer) -> None:
         self.gossip.link_up(peer.peer_id)
@@ -358,6 +365,10 @@ class Node:
         logger.info("link down: %s", error, extra={"peer": peer_id[-8:]})
         self.reach.link_down(peer_id)
         self.gossip.link_down(peer_id, is_failure=not isinstance(error, LinkClosed | PeerLeft))
+        self._peer_lost(peer_id)
+
+    def _peer_lost(self, peer_id: str) -> None:
+        self.planning.loading.peer_lost(peer_id)
         self.server.peer_lost(peer_id)
         self.pipelines.peer_lost(peer_id)
         self.planning.wake()
@@ -386,10 +397,20 @@ class Node:
 
     def _find_route(self, name: str) -> tuple[LocalModel, Route]:
         model = self.catalog.by_name(name)
-        route = self.planning.route(model.digest)
-        if route is None:
+        routes = self.planning.routes(model.digest)
+        if not routes:
             raise NotReady(name, self.planning.why_not(model.digest))
-        return model, route
+        return model, min(routes, key=self._how_taken)
+
+    def _how_taken(self, route: Route) -> tuple[int, int, bool, int]:
+        """Of several pipelines, the least is for the next session."""
+        linked = self.mesh.peers.keys() | {self.peer_id}
+        return (
+            len(set(route.peers) - linked),
+            sum(session.route is route for session in self.pipelines),
+            route.peers[0] != self.peer_id,  # nothing in front of its first stage
+            route.pipeline_idx,
+        )
 
 
 @asynccontextmanager

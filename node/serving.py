@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from contextlib import suppress
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,12 +31,13 @@ from covey.transport.messages import (
 from covey.transport.tasks import Tasks
 
 from .batching import Batcher
-from .engine.errors import LeaseExpired
+from .engine.errors import EngineError, LeaseExpired
 from .engine.lease import LeaseTable
-from .engine.stage import Stage, Step
+from .engine.stage import Stage, Step, StepResult
 from .engine.tensors import HiddenStates
 from .hidden import WrongTensor, pack, unpack
 from .prefix import bound_to_head
+from .refining import MAX_KEPT, Timing
 from .route import Route
 from .switch import Switch, WrongFrame, code_of
 from .worker import Done, Worker
@@ -61,6 +64,12 @@ class LoadedStage:
     compute_s: float = 0.0
 
     @property
+    def spokes(self) -> Sequence[str]:
+        """The other members of its group, if it is one."""
+        stage = self.route.stages[self.stage_idx]
+        return [peer_id for peer_id in stage.peers if peer_id != stage.hub]
+
+    @property
     def taken_bytes(self) -> int:
         """Memory that the weights take, and the KV cache that is leased now."""
         return self.engine.weight_bytes + self.leases.capacity_bytes - self.leases.free_bytes
@@ -77,17 +86,33 @@ class _Session:
     n_owed: int = 0  # forwards taken and not yet pushed on
     task: asyncio.Task[None] | None = field(default=None)  # none while it is being opened
     ended_by: ErrorCode | None = None
+    holds: ExitStack = field(default_factory=ExitStack)
 
 
 class StageServer:
-    """Every stage and session of this node."""
+    """Every stage and session of this node.
 
-    def __init__(self, switch: Switch, worker: Worker, clock: Callable[[], float]) -> None:
+    Args:
+        switch: that brings frames and takes results.
+        worker: that computes.
+        clock: monotonic seconds.
+        hold: keeps the links to peers watched closely for as long as its context lasts.
+    """
+
+    def __init__(
+        self,
+        switch: Switch,
+        worker: Worker,
+        clock: Callable[[], float],
+        hold: Callable[[Sequence[str]], AbstractContextManager[None]] = lambda _: nullcontext(),
+    ) -> None:
         self._switch = switch
         self._worker = worker
         self._clock = clock
+        self._hold = hold
         self._stages: dict[str, LoadedStage] = {}  # by plan digest
         self._sessions: dict[str, _Session] = {}
+        self.timings: deque[Timing] = deque(maxlen=MAX_KEPT)  # for who wants to know
         self._is_refusing = False
         self._is_idle = asyncio.Event()
         self._is_idle.set()
@@ -109,25 +134,42 @@ class StageServer:
     def add(self, route: Route, stage_idx: int, engine: Stage, leases: LeaseTable) -> LoadedStage:
         """Serve a stage of a plan from now on."""
         batcher: Batcher[Step, HiddenStates] = Batcher(
-            self._worker,
-            lambda steps: stage.engine.forward_batch(steps),
-            n_groups=route.n_stages,
+            self._worker, lambda steps: self._forward(stage, steps), n_groups=route.n_stages
         )
         stage = LoadedStage(route, stage_idx, engine, leases, batcher)
         self._stages[route.digest] = stage
         return stage
 
+    def _forward(self, stage: LoadedStage, steps: Sequence[Step]) -> list[StepResult]:
+        """On the worker's thread."""
+        members = stage.route.stages[stage.stage_idx].members
+        began_at = time.perf_counter()
+        results = stage.engine.forward_batch(steps)
+        is_whole = len(members) == 1 and not members[0].streamed_blocks
+        if is_whole and not any(isinstance(result, EngineError) for result in results):
+            start, end = stage.route.spans[stage.stage_idx]
+            self.timings.append(
+                Timing(
+                    model_digest=stage.route.plan.model_digest,
+                    n_blocks=end - start,
+                    rows=tuple(len(step.hidden) for step in steps),
+                    positions=tuple(step.position for step in steps),
+                    seconds=time.perf_counter() - began_at,
+                )
+            )
+        return results
+
     def sessions_of(self, plan: str) -> int:
         """How many sessions still use a plan; an old plan is unloaded when none does."""
         return sum(session.stage.route.digest == plan for session in self._sessions.values())
 
-    def remove(self, plan: str) -> None:
-        """Unload a stage; its sessions, if any, end with `unknown_plan`."""
+    def remove(self, plan: str, code: ErrorCode = ErrorCode.UNKNOWN_PLAN) -> None:
+        """Unload a stage; its sessions, if any, end with `code`."""
         if self._stages.pop(plan, None) is None:
             return
         for session in list(self._sessions.values()):
             if session.stage.route.digest == plan:
-                self._end(session, ErrorCode.UNKNOWN_PLAN)
+                self._end(session, code)
 
     def peer_lost(self, peer_id: str) -> None:
         """End the sessions that cannot go on without a peer."""
@@ -171,6 +213,7 @@ class StageServer:
         session = _Session(request, head, stage, asyncio.Queue(MAX_QUEUED_FORWARDS))
         self._sessions[name] = session
         self._is_idle.clear()
+        session.holds.enter_context(self._hold(stage.spokes))  # a silent one is noticed soon
         opened = self._worker.run(lambda: stage.engine.open_session(name, n_tokens, keys))
         return self._opened(session, opened)
 
@@ -270,7 +313,8 @@ class StageServer:
         done = await stage.batcher.submit(
             request.session,
             Step(request.session, message.position, hidden),
-            is_short=len(hidden) == 1,
+            # A group's step waits for other machines, and the event loop must not.
+            is_short=len(hidden) == 1 and not route.stages[request.stage_idx].is_group,
         )
         is_last = request.stage_idx == route.n_stages - 1
         result = done.value
@@ -304,6 +348,7 @@ class StageServer:
         session.ended_by = code
         if not self._sessions:
             self._is_idle.set()
+        session.holds.close()
         session.stage.leases.release(name)
         session.stage.batcher.forget(name)
         if session.task is not None and session.task is not asyncio.current_task():

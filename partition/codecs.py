@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from .plan import CODECS, Pipeline, border_bytes_per_token
+from .plan import CODECS, border_bytes_per_token
 from .profile import LinkProfile, ModelLayout, Workload
 
 #: Finds the link that carries bytes from one peer to another, as `cost.Network.link` does.
@@ -93,19 +93,6 @@ def codecs_for(
         )
         for (sender, receiver), codec in zip(hops, in_use, strict=True)
     )
-
-
-def outdated(
-    pipeline: Pipeline, layout: ModelLayout, find_link: FindLink, request: Workload
-) -> bool:
-    """Whether the links have changed so much that a border of `pipeline` wants another codec.
-
-    A plan that loses more than its links ask for is not slower, so no prediction would ever
-    replace it: whoever proposes asks this too.
-    """
-    hubs = [stage.hub for stage in pipeline.stages]
-    wanted = codecs_for(hubs, layout, find_link, request, current=pipeline.codecs)
-    return wanted != pipeline.codecs
 
 
 def coarse(bytes_per_s: float) -> float:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from .balance import rebalanced
+from .codecs import codecs_for
 from .cost import predict_all
 from .errors import PartitionError
 from .memory import block_cap
+from .network import Network
 from .plan import Pipeline
 from .profile import DeviceProfile, LinkProfile, ModelLayout, Workload
 from .scope import EVERYTHING, Scope
@@ -62,3 +65,32 @@ def front_or_reason(world: World) -> Front | PartitionError:
         )
     except PartitionError as error:
         return error
+
+
+def adjusted(pipelines: Sequence[Pipeline], world: World) -> Candidate | None:
+    """Pipelines that run, with other codecs and shares where links or members ask for them by now.
+
+    Members and spans stay, so little has to be loaded. None where all is as it should be, where the
+    profiles do not say what the new ones would do, and where a member has no memory for more.
+    """
+    network = Network(world.links)
+    renewed = tuple(_adjusted(pipeline, world, network) for pipeline in pipelines)
+    if renewed == tuple(pipelines):
+        return None
+    try:
+        candidate = evaluate(renewed, world)
+    except PartitionError:
+        return None
+    return candidate if is_held(candidate, world) else None
+
+
+def _adjusted(pipeline: Pipeline, world: World, network: Network) -> Pipeline:
+    codecs = codecs_for(
+        [stage.hub for stage in pipeline.stages],
+        world.layout,
+        network.link,
+        world.request,
+        current=pipeline.codecs,
+    )
+    recoded = replace(pipeline, codecs=codecs)
+    return rebalanced(recoded, world.layout, world.devices, network, world.request)

@@ -23,7 +23,7 @@ from .search import Candidate, pareto_front
 
 FASTER = 2.0  # "a device twice as fast"
 MORE_MEMORY = 2
-MIN_GAIN = 1.03  # less is not worth a word
+MIN_GAIN = 1.1  # less is not worth a word
 MAX_SEARCHES = 4
 SEARCHED_DEVICES = 5  # in each of them
 

@@ -167,7 +167,7 @@ class LinkProfile(Value):
     rtt_s: float
     bandwidth_bytes_per_s: float
     kind: LinkKind = "direct"
-    loss: float = 0.0  # share of messages that have to be sent again
+    loss: float = 0.0  # share of packets
 
     def __post_init__(self) -> None:
         """Check every bound."""

@@ -8,6 +8,7 @@ folders own (plans, profiles) is carried as an opaque JSON object and checked by
 from __future__ import annotations
 
 import ipaddress
+import math
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
 import msgspec
@@ -24,6 +25,7 @@ MAX_REMOVED = 256
 MAX_COPIES = 256
 MAX_EPOCH = 1 << 31
 MAX_VERSION = 1 << 53  # of a pin
+MAX_EXPERIENCES = 64  # members that one is told of; 64 take 9 KiB in JSON
 
 Digest: TypeAlias = Annotated[str, Meta(pattern=r"\A[0-9a-f]{16,128}\Z")]
 Sha256: TypeAlias = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
@@ -214,6 +216,33 @@ class ProfileRecord(Record, frozen=True, kw_only=True):
     def key(self) -> str:
         """One profile of the device, one of each link."""
         return f"{self.prefix}link/{self.peer}" if self.peer else f"{self.prefix}device"
+
+
+class Seen(msgspec.Struct, frozen=True, kw_only=True):
+    """What the author found a member to take, on average over sessions that it was the head of."""
+
+    decode_s_per_block: Annotated[float, Meta(ge=1e-12, le=1e4)]
+    n_sessions: Count
+    at: UnixSeconds  # of the last one
+
+    def __post_init__(self) -> None:
+        """Check what types cannot say."""
+        if not (math.isfinite(self.decode_s_per_block) and math.isfinite(self.at)):
+            raise ValueError("a figure that is no number")
+
+
+class Experience(Record, frozen=True, kw_only=True):
+    """How fast the author found others to run a model; see `partition/observed.py`."""
+
+    prefix = "experience/"
+
+    model: Digest
+    peers: Annotated[dict[AuthorId, Seen], Meta(max_length=MAX_EXPERIENCES)]
+
+    @property
+    def key(self) -> str:
+        """One per model."""
+        return f"{self.prefix}{self.model}"
 
 
 class PrefixEntry(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,6 +16,7 @@ from .replica import Replica
 from .schema import (
     Admission,
     Delegation,
+    Experience,
     IndexCache,
     MemberCard,
     ModelManifest,
@@ -73,6 +74,10 @@ class Views:
     def profiles(self) -> list[Authored[ProfileRecord]]:
         """Every device and link profile, by whoever measured it."""
         return list(self._records(ProfileRecord, ProfileRecord.prefix))
+
+    def experiences(self, model: str) -> list[Authored[Experience]]:
+        """How fast everybody found others to run a model."""
+        return list(self._records(Experience, f"{Experience.prefix}{model}"))
 
     def index_caches(self) -> list[Authored[IndexCache]]:
         """Which member holds which prefixes, and the patterns they were made with."""

@@ -31,6 +31,10 @@ def main(argv: Sequence[str]) -> int:
             namespaces.check_available()
             return namespaces.enter("testbed", argv)
         rows = lab.measure(namespaces.prepare(), arguments)
+    except namespaces.PartlyMeasured as error:
+        print(f"could not be measured: {error}", file=sys.stderr)
+        report(error.rows)
+        return 1
     except namespaces.LabBroken as error:
         print(f"the lab is broken: {error}", file=sys.stderr)
         return 1

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from covey.client import Client, Generation
+from covey.client import BadRequest, Client, Generation
 from covey.errors import CoveyError
 
 from .machines import Machine
@@ -80,6 +80,14 @@ class Asker:
     def plan(self) -> dict[str, Any]:
         """The facts of `covey plan`."""
         return self.call(lambda client: client.plan(self._model))
+
+    def is_planned_with(self, member: str) -> bool:
+        """Whether the node knows a member, and what it can do with the model."""
+        try:
+            facts = self.call(lambda client: client.plan(self._model, why=member))
+        except BadRequest:  # nobody is called so, yet
+            return False
+        return bool(facts["why"]["reason"] != "unplanned")
 
     def status(self) -> dict[str, Any]:
         """The facts of `covey status`."""

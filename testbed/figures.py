@@ -54,6 +54,16 @@ class Tried:
     predicted: Figures
     measured: Figures
 
+    def told(self) -> str:
+        """Both sides, for people."""
+        predicted, measured = self.predicted, self.measured
+        return (
+            f"{', '.join(self.rules):40}  {self.plan}\n"
+            f"        predicted / measured: TTFT {predicted.ttft_s:.3f} / {measured.ttft_s:.3f} s, "
+            f"TPOT {1e3 * predicted.tpot_s:.1f} / {1e3 * measured.tpot_s:.1f} ms, "
+            f"{predicted.tokens_per_s:.1f} / {measured.tokens_per_s:.1f} tok/s"
+        )
+
 
 def errors(tried: Iterable[Tried], name: str) -> list[float]:
     """How far predictions of one figure are off, as shares of what was measured."""

@@ -205,6 +205,13 @@ def _go_and_ask(fleet: Fleet, stack: ExitStack, n_sessions: int) -> None:
     for name, machine in fleet.machines.items():
         asker = Asker(machine, fleet.model, n_threads=n_sessions, seed=secrets.randbits(32))
         fleet.askers[name] = stack.enter_context(asker)
+    founder = fleet.askers[fleet.founder]
+    for name in fleet.machines:
+        wait_for(
+            lambda name=name: founder.is_planned_with(name),  # type: ignore[misc]
+            PROFILED_S,
+            f"the founder hears nothing of what {name} can do",
+        )
 
 
 def _options(member: Member) -> list[str]:

@@ -22,6 +22,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from benchmarks.rows import Row
+
 INSIDE = "COVEY_LAB_INSIDE"  # set in the environment of the process that runs the lab
 PROMOTE = "COVEY_LAB_PROMOTE"  # names a descriptor, see `run_inside`
 ENTER = ("unshare", "-Urnm", "--pid", "--fork", "--kill-child", "--mount-proc")
@@ -38,6 +40,14 @@ class LabUnavailable(RuntimeError):
 
 class LabBroken(RuntimeError):
     """The lab is not what it says, so nothing measured in it would mean anything."""
+
+
+class PartlyMeasured(RuntimeError):
+    """A part of a lab could not be measured; carries the figures of the others."""
+
+    def __init__(self, rows: Sequence[Row], failed: Sequence[str]) -> None:
+        super().__init__(", ".join(failed))
+        self.rows = rows
 
 
 def check_available(tools: Iterable[str] = ()) -> None:

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from covey.cli.child import wait_for
+from covey.client import ClientError
 from covey.errors import CoveyError
 
 from .fleet import Fleet
 
 ACTIVE_S = 60.0
+NOT_HEARD_OF = "is not there"  # what a node says of a member whose profile has yet to come
 
 Plan = Mapping[str, Any]
 
@@ -100,8 +102,19 @@ def apply(fleet: Fleet, plan: Plan) -> Mapping[str, Any]:
         CoveyError: it is not used in time; says why, if the node does.
     """
     founder = fleet.askers[fleet.founder]
-    founder.call(lambda client: client.pin_plan(fleet.model, plan))
     wanted = shape(plan)
+
+    def is_pinned() -> bool:
+        fleet.check()
+        try:
+            founder.call(lambda client: client.pin_plan(fleet.model, plan))
+        except ClientError as error:
+            if NOT_HEARD_OF not in str(error):
+                raise
+            return False
+        return True
+
+    wait_for(is_pinned, ACTIVE_S, "the founder does not hear of all members")
 
     def is_active_at(name: str) -> bool:
         fleet.check()

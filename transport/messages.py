@@ -374,6 +374,26 @@ class LaneEnd(Message, tag="lane-end", frozen=True, kw_only=True):
     lane: LaneId
 
 
+# --- groups --------------------------------------------------------------------------------------
+
+
+class JoinGroup(Message, tag="join-group", frozen=True, kw_only=True):
+    """The hub of a stage asks one of its members to take part; answered by GroupJoined.
+
+    Lanes for this `call` follow, and end those of earlier ones (`node/group/forming.py`).
+    """
+
+    plan: Digest
+    stage_idx: StageIdx
+    call: Annotated[bytes, Meta(min_length=16, max_length=16)]
+
+
+class GroupJoined(Message, tag="group-joined", frozen=True, kw_only=True):
+    """It waits for its lane; its KV cache has room for so many positions."""
+
+    kv_tokens: TokenCount
+
+
 # --- sessions ----------------------------------------------------------------------------------
 
 
@@ -483,6 +503,8 @@ AnyMessage = (
     | LaneOverLink
     | LaneData
     | LaneEnd
+    | JoinGroup
+    | GroupJoined
     | OpenSession
     | SessionOpened
     | Forward

@@ -4,6 +4,10 @@ The planner needs seconds, not FLOPs: a figure from another kernel would be off 
 figure is the median of rounds that take each kind of step in turn, so that a machine that slows
 down or gets busy meanwhile spoils all of them alike; one sample is the mean of some steps, because
 a paced engine (`kernels/pacer.py`) makes up in one step for what it slept too long in another.
+
+Every step begins with cold caches. In use, a token passes all blocks of a span and the head before
+it comes to the first block again, and few devices have caches for so much; but the few blocks that
+are timed fit those of a desktop, and would seem up to a third faster.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import numpy as np
 from .stage import Stage, Step
 from .tensors import NUMPY_DTYPES, HiddenStates
 
+EVICTED_BYTES = 64 << 20  # read before each timed step: more than most caches hold
 SHALLOW = 16  # positions behind which decode is timed, on its own and in batches
 SAMPLE_S = 0.02  # what one sample should last at least,
 MAX_STEPS = 8  # in not more steps than that
@@ -51,19 +56,24 @@ def time_in_turn(
     works: Mapping[K, Callable[[], object]],
     *,
     budget_s: float,
+    before: Callable[[], object] = lambda: None,
     progress: Progress = lambda _: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[K, float]:
     """Median seconds of each of `works`, taken in turn until `budget_s` is over.
 
-    Each is done once more before, to warm up; there are `MIN_ROUNDS` whatever they take.
+    Each is done once more before, to warm up; there are `MIN_ROUNDS` whatever they take. `before`
+    is called ahead of each time that one is done, and not timed.
     """
 
     def sample(work: Callable[[], object], n_steps: int) -> float:
-        began_at = clock()
+        took_s = 0.0
         for _ in range(n_steps):
+            before()
+            began_at = clock()
             work()
-        return (clock() - began_at) / n_steps
+            took_s += clock() - began_at
+        return took_s / n_steps
 
     began_at = clock()
     n_steps: dict[K, int] = {}
@@ -110,6 +120,7 @@ def measure_blocks(
         took_s = time_in_turn(
             bench.works(batches, chunks),
             budget_s=budget_s,
+            before=cold_caches(),
             progress=lambda share: progress(0.2 + 0.8 * share),
             clock=clock,
         )
@@ -133,6 +144,14 @@ def measure_blocks(
         depth_s=depth_s,
         prefill_s=tuple((n_tokens, per_block["prefill", n_tokens]) for n_tokens in chunks),
     )
+
+
+def cold_caches() -> Callable[[], object]:
+    """What has to be called before a step, so that it finds nothing in the CPU's caches."""
+    ballast = np.zeros(EVICTED_BYTES, np.uint8)
+    ballast.fill(1)  # or all its pages would be one
+    words = ballast.view(np.uint64)
+    return lambda: words.max()
 
 
 def rising(values: Sequence[float]) -> list[float]:

@@ -16,8 +16,8 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from covey.transport.lane.lane import Lane
 from covey.transport.lane.waiting import SPIN_S
 
 from .choosing import Chooser, GroupLink, size_class
-from .codec import GROUP, Coder, Floats, SumCodec, decoded, encoded_bytes
+from .codec import GROUP, Coder, Floats, Sum, SumCodec, encoded_bytes
 from .errors import ReduceAborted
 from .exchange import Exchange
 from .message import HEADER_BYTES, MAX_BUSY_US, MAX_RANK, Header, Kind, fits
@@ -37,13 +37,11 @@ MAX_ROUNDS = 1024  # kept of those that have ended
 # Of a ring: each member sends a piece and takes one, so that no cycle of full buffers can arise.
 PIECE_VALUES = 8192  # 32 KiB exactly
 
-_NO_VALUES = np.empty(0, np.float32)
-
 Shape = tuple[int, int]  # rows, columns
+Part = tuple[SumCodec, memoryview]  # what a member adds, as it came
 
 
-@dataclass(frozen=True, slots=True)
-class Round:
+class Round(NamedTuple):
     """One call that added something, as the rank that added saw it; of all ranks, in their order.
 
     `busy_s` is what each took from the end of its last call to the beginning of this one, by its
@@ -111,7 +109,7 @@ class AllReduce:
         self._ended_at: float | None = None  # our last call
         self._began_at = 0.0
         self._busy_us = 0
-        self._total = _NO_VALUES
+        self._sum = Sum()
 
     @property
     def is_hub(self) -> bool:
@@ -146,12 +144,12 @@ class AllReduce:
         return total.reshape(shape)
 
     def reduce(self, partial: Floats | None, shape: Shape, *, epoch: int) -> Floats | None:
-        """As `sum`, but only the hub gets it; None elsewhere. Raises as `sum`."""
+        """As `sum`, but exactly, and only the hub gets it; None elsewhere. Raises as `sum`."""
         values, total = self._begin(partial, shape, epoch), None
         if self.is_hub:
-            total = self._add_up(values, shape, "star").reshape(shape)
+            total = self._add_up(_exactly(values), shape, "star").reshape(shape)
         else:
-            self._send_part(self.hub_idx, values, shape)
+            self._send_part(self.hub_idx, values, shape, self._exact)
         self._end()
         return total
 
@@ -248,118 +246,97 @@ class AllReduce:
 
     # --- star and direct --------------------------------------------------------------------------
 
-    def _send_part(self, rank: int, values: Floats | None, shape: Shape) -> None:
+    def _send_part(self, rank: int, values: Floats | None, shape: Shape, coder: Coder) -> None:
         if values is None:
             self._exchange.send(rank, self._header(Kind.PART, None, shape).pack())
             return
-        codec, body = self._coder.encode(values)
+        codec, body = coder.encode(values)
         self._exchange.send(rank, self._header(Kind.PART, codec, shape).pack(), body)
 
     def _star(self, values: Floats | None, shape: Shape) -> Floats:
         if not self.is_hub:
-            self._send_part(self.hub_idx, values, shape)
+            self._send_part(self.hub_idx, values, shape, self._coder)
             return self._take_vector(Kind.SUM, shape)
-        total = self._add_up(values, shape, "star")
-        self._send_to_all(Kind.SUM, total, shape, self._coder)
+        total = self._add_up(_exactly(values), shape, "star")
+        codec, body = self._send_to_all(Kind.SUM, total, shape, self._coder)
+        if codec != "exact":
+            self._sum.put(codec, body)
         return total
 
     def _direct(self, values: Floats | None, shape: Shape) -> Floats:
-        if values is None:
-            header, body, own = self._header(Kind.PART, None, shape).pack(), memoryview(b""), None
-        else:
-            codec, body = self._coder.encode(values)
-            header = self._header(Kind.PART, codec, shape).pack()
-            own = decoded(codec, body, prod(shape))
+        own = None if values is None else self._coder.encode(values)
+        codec, body = own if own is not None else (None, b"")
+        header = self._header(Kind.PART, codec, shape).pack()
         for rank in self._exchange.others:
             self._exchange.send(rank, header, body)
         return self._add_up(own, shape, "direct")
 
-    def _add_up(
-        self,
-        own: np.ndarray[tuple[int, ...], np.dtype[np.floating]] | None,
-        shape: Shape,
-        algorithm: Algorithm,
-    ) -> Floats:
+    def _add_up(self, own: Part | None, shape: Shape, algorithm: Algorithm) -> Floats:
         """Everybody's part, added in rank order as far as they have come."""
-        total = self._buffer(prod(shape))
-        parts = {self.rank: own}
+        self._sum.start(prod(shape))
+        parts: dict[int, Part | None] = {self.rank: own}
         started = self._clock()
         arrived = [0.0] * self.n_members
         busy = [self._busy_us / 1e6] * self.n_members
-        pending: Sequence[int] = self._exchange.others
+        pending = list(self._exchange.others)
+        perhaps: Sequence[int] = tuple(pending)  # whose part may be here
         deadline = self._exchange.deadline()
         n_added, is_begun = 0, False
         while True:
-            came = []
-            for rank in pending:
+            for rank in perhaps:
                 found = self._exchange.poll(rank)
                 if found is None:
                     continue
                 header, parts[rank] = self._check_part(found, shape)
                 busy[rank], arrived[rank] = header.busy_us / 1e6, self._clock() - started
-                came.append(rank)
+                pending.remove(rank)
             while n_added in parts:
                 part = parts.pop(n_added)
                 n_added += 1
-                if part is not None and is_begun:
-                    np.add(total, part, out=total)
-                elif part is not None:
-                    np.copyto(total, part)
+                if part is not None:
+                    (self._sum.add if is_begun else self._sum.put)(*part)
                     is_begun = True
-            if came:
-                pending = [rank for rank in pending if rank not in came]
             if not pending:
                 break
-            if not came:
-                self._exchange.wait(pending, deadline)
+            perhaps = self._exchange.wait(pending, deadline)
         if not is_begun:
-            total[:] = 0.0
+            self._sum.values[:] = 0.0
         self._note(algorithm, shape, busy, arrived)
-        return total
+        return self._sum.values
 
     def _check_part(
         self, found: tuple[Header, memoryview], shape: Shape
-    ) -> tuple[Header, np.ndarray[tuple[int, ...], np.dtype[np.floating]] | None]:
+    ) -> tuple[Header, Part | None]:
         header, message = found
         self._exchange.expect(found, Kind.PART, *shape, 0)
         if not self.is_hub and header.rank == self.hub_idx:
             self._rings = header.rings
-        return header, self._values(header, message, prod(shape))
+        return header, self._part(header, message, prod(shape))
 
-    def _values(
-        self, header: Header, message: memoryview, n_values: int
-    ) -> np.ndarray[tuple[int, ...], np.dtype[np.floating]] | None:
+    def _part(self, header: Header, message: memoryview, n_values: int) -> Part | None:
         if not fits(header, message, n_values):
             self._exchange.abort("its message has another length", rank=header.rank)
-        if header.codec is None:
-            return None
-        return decoded(header.codec, message[HEADER_BYTES:], n_values)
+        return None if header.codec is None else (header.codec, message[HEADER_BYTES:])
 
-    def _send_to_all(self, kind: Kind, values: Floats, shape: Shape, coder: Coder) -> None:
+    def _send_to_all(self, kind: Kind, values: Floats, shape: Shape, coder: Coder) -> Part:
         """From the hub, which goes on with what the others see."""
         codec, body = coder.encode(values)
         header = self._header(kind, codec, shape).pack()
         for rank in self._exchange.others:
             self._exchange.send(rank, header, body)
-        if codec != "exact":
-            np.copyto(values, decoded(codec, body, values.size))
         self._adopt()
+        return codec, body
 
     def _take_vector(self, kind: Kind, shape: Shape) -> Floats:
         found = self._exchange.receive(self.hub_idx)
         self._exchange.expect(found, kind, *shape, 0)
-        values = self._values(*found, prod(shape))
-        if values is None:
+        part = self._part(*found, prod(shape))
+        if part is None:
             self._exchange.abort("its message has no values", rank=self.hub_idx)
         self._rings = found[0].rings
-        total = self._buffer(prod(shape))
-        np.copyto(total, values)
-        return total
-
-    def _buffer(self, n_values: int) -> Floats:
-        if self._total.size < n_values:
-            self._total = np.empty(n_values, np.float32)
-        return self._total[:n_values]
+        self._sum.start(prod(shape))
+        self._sum.put(*part)
+        return self._sum.values
 
     def _note(
         self, algorithm: Algorithm, shape: Shape, busy: Sequence[float], arrived: Sequence[float]
@@ -381,7 +358,8 @@ class AllReduce:
     def _ring(self, values: Floats | None, shape: Shape) -> Floats:
         """Each slice goes round once to be added up, beginning with its own rank, and once more."""
         n, size = self.n_members, prod(shape)
-        total = self._buffer(size)
+        self._sum.start(size)
+        total = self._sum.values
         if values is not None:
             np.copyto(total, values)
         slices = _slices(size, n)
@@ -396,12 +374,9 @@ class AllReduce:
                 if piece < len(slices[into]):
                     place = slices[into][piece]
                     part = self._take_piece(shape, step, piece, place.stop - place.start)
-                    added = decoded(*part, place.stop - place.start) if part is not None else None
-                    if added is not None and has_some[into]:
-                        np.add(total[place], added, out=total[place])
-                    elif added is not None:
-                        np.copyto(total[place], added)
-                    is_some |= added is not None
+                    if part is not None:
+                        (self._sum.add if has_some[into] else self._sum.put)(*part, place.start)
+                        is_some = True
             has_some[into] = is_some
         self._tell_round(total, slices, has_some[(self.rank + 1) % n], shape)
         return total
@@ -411,44 +386,43 @@ class AllReduce:
     ) -> None:
         """The second time round: each slice as its last adder encoded it, without a change."""
         n = self.n_members
-        pieces: list[tuple[SumCodec, bytes] | None] = []
+        pieces: list[Part | None] = []
         for place in slices[(self.rank + 1) % n]:
             one = self._encoded(total[place], has_some)
-            pieces.append(None if one is None else (one[0], bytes(one[1])))
-            _place(total[place], pieces[-1])
+            pieces.append(_kept(one))
+            self._place(place, pieces[-1])
         for step in range(n - 1):
             out, into = (self.rank + 1 - step) % n, (self.rank - step) % n
-            taken: list[tuple[SumCodec, bytes] | None] = []
+            taken: list[Part | None] = []
             for piece in range(max(map(len, slices))):
                 if piece < len(slices[out]):
                     self._pass_on(pieces[piece], shape, n - 1 + step, piece)
                 if piece < len(slices[into]):
                     place = slices[into][piece]
                     part = self._take_piece(shape, n - 1 + step, piece, place.stop - place.start)
-                    taken.append(None if part is None else (part[0], bytes(part[1])))
-                    _place(total[place], taken[-1])
+                    taken.append(_kept(part))
+                    self._place(place, taken[-1])
             pieces = taken
 
-    def _encoded(self, values: Floats, has_some: bool) -> tuple[SumCodec, Buffer] | None:
+    def _place(self, place: slice, part: Part | None) -> None:
+        if part is None:
+            self._sum.values[place] = 0.0
+        else:
+            self._sum.put(*part, place.start)
+
+    def _encoded(self, values: Floats, has_some: bool) -> Part | None:
         return self._coder.encode(values) if has_some else None
 
-    def _pass_on(
-        self, one: tuple[SumCodec, Buffer] | None, shape: Shape, step: int, piece: int
-    ) -> None:
+    def _pass_on(self, one: Part | None, shape: Shape, step: int, piece: int) -> None:
         codec, body = one if one is not None else (None, b"")
         header = self._header(Kind.SHARE, codec, shape, step << 16 | piece).pack()
         self._exchange.send((self.rank + 1) % self.n_members, header, body)
 
-    def _take_piece(
-        self, shape: Shape, step: int, piece: int, n_values: int
-    ) -> tuple[SumCodec, memoryview] | None:
+    def _take_piece(self, shape: Shape, step: int, piece: int, n_values: int) -> Part | None:
         left = (self.rank - 1) % self.n_members
         found = self._exchange.receive(left)
         self._exchange.expect(found, Kind.SHARE, *shape, step << 16 | piece)
-        header, message = found
-        if not fits(header, message, n_values):
-            self._exchange.abort("its message has another length", rank=left)
-        return None if header.codec is None else (header.codec, message[HEADER_BYTES:])
+        return self._part(*found, n_values)
 
 
 def _slices(size: int, n: int) -> list[list[slice]]:
@@ -461,11 +435,14 @@ def _slices(size: int, n: int) -> list[list[slice]]:
     ]
 
 
-def _place(place: Floats, part: tuple[SumCodec, Buffer] | None) -> None:
-    if part is None:
-        place[:] = 0.0
-    else:
-        np.copyto(place, decoded(*part, place.size))
+def _exactly(values: Floats | None) -> Part | None:
+    """Flat values that need no wire."""
+    return None if values is None else ("exact", values.data.cast("B"))
+
+
+def _kept(part: Part | None) -> Part | None:
+    """A copy, for what is valid only until the next message."""
+    return None if part is None else (part[0], memoryview(bytes(part[1])))
 
 
 __all__ = ["AllReduce", "GroupLink", "ReduceAborted", "Round"]

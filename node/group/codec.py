@@ -14,13 +14,13 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from covey.node.kernels.halves import LARGEST, Narrowed, Total
 from covey.transport.frame import Buffer
 
 SumCodec = Literal["exact", "fp16", "int8"]
 Floats = npt.NDArray[np.float32]
 
 GROUP = 32
-_FP16_MAX = 65504.0  # the largest half; what rounds to it is at most half a step above
 _INT8_MAX = 127
 _SCALE_BYTES = 2
 
@@ -42,24 +42,26 @@ class Coder:
 
     def __init__(self, codec: SumCodec) -> None:
         self.codec: SumCodec = codec
-        self._halves = np.empty(0, "<f2")
+        self._halves = Narrowed(0)
         self._bytes = np.empty(0, np.uint8)
 
     def encode(self, values: Floats) -> tuple[SumCodec, memoryview]:
         """Bytes of flat `values`, and the codec they are in. The exact ones are `values` itself."""
-        if self.codec == "exact" or not values.size:
-            return "exact", values.data.cast("B") if values.size else memoryview(b"")
-        # Comparisons with a NaN are false.
-        limit = _FP16_MAX if self.codec == "fp16" else _FP16_MAX * _INT8_MAX
-        if not (values.max() <= limit and values.min() >= -limit):
-            return "exact", values.data.cast("B")
+        body: memoryview | None = None
+        if not values.size:
+            return "exact", memoryview(b"")
         if self.codec == "fp16":
             if self._halves.size < values.size:
-                self._halves = np.empty(values.size, "<f2")
-            halves = self._halves[: values.size]
-            np.copyto(halves, values, casting="same_kind")
-            return "fp16", halves.data.cast("B")
-        return "int8", self._int8(values)
+                self._halves = Narrowed(values.size)
+            body = self._halves.fill(values)
+        elif self.codec == "int8":
+            # Comparisons with a NaN are false.
+            limit = LARGEST * _INT8_MAX
+            if values.max() <= limit and values.min() >= -limit:
+                body = self._int8(values)
+        if body is None:
+            return "exact", values.data.cast("B")
+        return self.codec, body
 
     def _int8(self, values: Floats) -> memoryview:
         n_groups = -(-values.size // GROUP)
@@ -79,20 +81,44 @@ class Coder:
         return self._bytes[:nbytes].data
 
 
-def decoded(codec: SumCodec, body: Buffer, n_values: int) -> npt.NDArray[np.floating]:
-    """Flat values that can be added to fp32; a view of `body` where that is possible.
+class Sum:
+    """A vector that is being added up in fp32, in memory that is kept from one to the next."""
 
-    `body` must be `encoded_bytes` long.
-    """
-    match codec:
-        case "exact":
-            return np.frombuffer(body, "<f4")
-        case "fp16":
-            return np.frombuffer(body, "<f2")
-        case "int8":
-            n_groups = -(-n_values // GROUP)
-            split = _SCALE_BYTES * n_groups
-            scales = np.frombuffer(body, "<f2", count=n_groups).astype(np.float32)
-            steps = np.frombuffer(body, np.int8, offset=split).reshape(n_groups, GROUP)
-            values: Floats = steps * scales[:, None]
-            return values.reshape(-1)[:n_values]
+    def __init__(self) -> None:
+        self._memory = Total(0)
+        self.values: Floats = self._memory.values
+
+    def start(self, n_values: int) -> None:
+        """Begin another; what its `values` are is not said yet."""
+        if self._memory.values.size < n_values:
+            self._memory = Total(n_values)
+        if self.values.size != n_values or self.values.base is not self._memory.values:
+            self.values = self._memory.values[:n_values]
+
+    def put(self, codec: SumCodec, body: memoryview, at: int = 0) -> None:
+        """What `body` holds becomes the values from `at` on; it must be as long as it says."""
+        if codec == "fp16":
+            self._memory.put(body, at)
+        else:
+            part = _decoded(codec, body, self.values.size - at)
+            self.values[at : at + part.size] = part
+
+    def add(self, codec: SumCodec, body: memoryview, at: int = 0) -> None:
+        """What `body` holds is added to the values from `at` on."""
+        if codec == "fp16":
+            self._memory.add(body, at)
+        else:
+            part = _decoded(codec, body, self.values.size - at)
+            self.values[at : at + part.size] += part
+
+
+def _decoded(codec: SumCodec, body: Buffer, at_most: int) -> Floats:
+    """The values of a body that holds whole floats, or bytes and their scales."""
+    if codec == "exact":
+        return np.frombuffer(body, "<f4")
+    n_groups = len(body) // (_SCALE_BYTES + GROUP)
+    split = _SCALE_BYTES * n_groups
+    scales = np.frombuffer(body, "<f2", count=n_groups).astype(np.float32)
+    steps = np.frombuffer(body, np.int8, offset=split).reshape(n_groups, GROUP)
+    values: Floats = steps * scales[:, None]
+    return values.reshape(-1)[:at_most]

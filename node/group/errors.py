@@ -1,8 +1,9 @@
-"""What ends an attempt of a group, so that it is made again under the next epoch."""
+"""What ends an attempt of a group, or the group itself."""
 
 from __future__ import annotations
 
 from covey.node.errors import NodeError
+from covey.transport.errors import TransportError
 
 
 class ReduceAborted(NodeError):
@@ -19,3 +20,11 @@ class ReduceAborted(NodeError):
         self.epoch = epoch
         self.rank = rank
         self.is_lost = is_lost
+
+
+class GroupBroken(TransportError):
+    """The group cannot go on as it is: its sessions end, and it has to be formed anew."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the group is broken: {reason}")
+        self.reason = reason

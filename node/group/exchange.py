@@ -40,6 +40,7 @@ class Exchange:
         self.number = 0  # of the call under way, in this epoch
         self.is_over = True  # the epoch was aborted, or none has begun
         self._lanes = dict(lanes)
+        self._ranks = {lane.fileno(): rank for rank, lane in lanes.items()}
         self._held: dict[int, memoryview] = {}  # a message of a later epoch, by whom
         self._timeout_s = timeout_s
         self._spin_s = spin_s
@@ -104,15 +105,20 @@ class Exchange:
         """Until when something must have come that is waited for from now on."""
         return self._clock() + self._timeout_s
 
-    def wait(self, ranks: Sequence[int], deadline: float) -> None:
-        """Until one of them may have sent something. Raises ReduceAborted at the deadline."""
+    def wait(self, ranks: Sequence[int], deadline: float) -> Sequence[int]:
+        """Until one of them may have sent something; which may. Raises ReduceAborted at the end.
+
+        What a lane has in memory already does not show: `poll` each before.
+        """
         key = tuple(ranks)
         readiness = self._readiness.get(key)
         if readiness is None:
             files = [self._lanes[rank].fileno() for rank in key]
             readiness = self._readiness[key] = Readiness(files, spin_s=self._spin_s)
-        if not readiness.wait(deadline - self._clock()) and self._clock() >= deadline:
+        ready = readiness.wait(deadline - self._clock())
+        if not ready and self._clock() >= deadline:
             self.abort(f"nothing came for {self._timeout_s:g} s", rank=key[0])
+        return [self._ranks[file] for file in ready]
 
     def expect(self, found: tuple[Header, memoryview], kind: Kind, *facts: int) -> None:
         """Check that a message is of this kind, this call and these rows, columns and part.

@@ -1,6 +1,6 @@
 """The native library by ctypes: which one fits this CPU, its types, and checked calls.
 
-This is the only file that makes pointers. Every array is checked here for dtype, layout and
+Only this file and `halves.py` make pointers. Every array is checked here for dtype, layout and
 length before its address is passed on. The C side is described in `abi.h`.
 """
 

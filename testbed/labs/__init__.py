@@ -13,7 +13,7 @@ from typing import Protocol
 
 from benchmarks.rows import Row
 
-from . import groups, links, nat, paths, plan, scenario, swarm, two_hosts
+from . import front, groups, links, nat, paths, plan, scenario, swarm, two_hosts
 
 
 class LabModule(Protocol):
@@ -43,6 +43,7 @@ LABS: MappingProxyType[str, LabModule] = MappingProxyType(
         "nat": nat,
         "paths": paths,
         "plan": plan,
+        "front": front,
         "groups": groups,
         "scenario": scenario,
         "swarm": swarm,

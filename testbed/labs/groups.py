@@ -23,7 +23,7 @@ from covey.errors import CoveyError
 from testbed.artefacts import Artefacts
 from testbed.asker import Session
 from testbed.fleet import Fleet, Member, named, running_fleet, running_on_one_host
-from testbed.namespaces import LabBroken
+from testbed.namespaces import LabBroken, LabUnavailable, PartlyMeasured
 from testbed.plans import Plan, apply, chain, group, heads
 
 PIS = "llama-3.2-1b"
@@ -61,12 +61,14 @@ def measure(folder: Path, options: argparse.Namespace) -> Sequence[Row]:
                 with artefacts.cell(name) as cell:
                     rows += part(cell.folder)
                     cell.has_failed = options.keep
-            except (CoveyError, LabBroken, subprocess.SubprocessError) as error:
+            except (CoveyError, LabBroken, LabUnavailable, subprocess.SubprocessError) as error:
                 print(f"{name} could not be measured: {error}", flush=True)
                 failed.append(name)
     if not rows:
         raise CoveyError("nothing could be measured")
-    return [*rows, Row("parts that could not be measured", len(failed), 0)]
+    if failed:
+        raise PartlyMeasured(rows, failed)
+    return rows
 
 
 def _over_ethernet(folder: Path) -> list[Row]:

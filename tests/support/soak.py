@@ -1,6 +1,6 @@
 """The seam between asyncio and trio under fire: real control planes, called, cancelled and killed.
 
-`python -m support.soak --seconds 600` is what `make soak` runs; the tests run it for ten seconds.
+`python -m support.soak --seconds 600` is what `make soak` runs; the tests run it for five seconds.
 Episode after episode a control plane starts, several tasks call it at random, cancel themselves at
 random and have it raise things, and then it dies, in one of several ways, in the middle of all
 this. Afterwards nothing of it may be left: no task, no thread, no future, no descriptor; and no

@@ -27,6 +27,7 @@ class Member:
     max_blocks: int
     process: NodeProcess
     client: Client
+    options: Sequence[str] = ()
 
     def status(self) -> dict[str, Any]:
         """What the node says of itself now."""
@@ -35,7 +36,8 @@ class Member:
     def come_back(self) -> None:
         """Start it again in its home, without an invite, as after a power cut."""
         self.client.close()
-        arguments = ["join", "--model", MODEL, *_options(self.name, self.max_blocks)]
+        options = _options(self.name, self.max_blocks)
+        arguments = ["join", "--model", MODEL, *options, *self.options]
         self.process = NodeProcess(arguments, home=self.process.home)
         self.process.wait_until_up()
         self.client = Client(home=self.process.home)
@@ -71,6 +73,15 @@ class Swarm:
 
     def is_planned(self) -> bool:
         """Whether every member has the same active plan, over all members."""
+        plans = self.active_plans()
+        return bool(plans) and len(plans[0]["stages"]) == len(self.members)
+
+    def has_a_plan(self) -> bool:
+        """Whether every member has the same active plan."""
+        return bool(self.active_plans())
+
+    def active_plans(self) -> list[dict[str, Any]]:
+        """Every member's active plan; nothing unless it is the same one."""
         plans = []
         for member in self.members:
             if not member.process.is_running:
@@ -78,20 +89,23 @@ class Swarm:
             try:
                 plans.append(member.client.plan(MODEL)["active"])
             except ClientError:
-                return False
+                return []
         first = plans[0]
-        if first is None or any(plan is None for plan in plans):
-            return False
-        same = all(plan["stages"] == first["stages"] for plan in plans)
-        return same and len(first["stages"]) == len(self.members)
+        is_same = all(plan and first and plan["digest"] == first["digest"] for plan in plans)
+        return plans if is_same else []
 
 
 @contextmanager
-def running_swarm(folder: Path, caps: Sequence[int]) -> Iterator[Swarm]:
-    """A swarm of one node per cap, planned and ready; nothing of it is left afterwards."""
+def running_swarm(
+    folder: Path, caps: Sequence[int], options: Sequence[str] = (), *, needs_all: bool = True
+) -> Iterator[Swarm]:
+    """A swarm of one node per cap, ready with a plan; nothing of it is left afterwards.
+
+    With `needs_all` the plan is one over all of them.
+    """
     with ExitStack() as stack:
-        founder = stack.enter_context(_node(folder, 0, ["up", MODEL], caps[0]))
-        join = ["join", founder.facts["invite"], "--model", MODEL]
+        founder = stack.enter_context(_node(folder, 0, ["up", MODEL, *options], caps[0]))
+        join = ["join", founder.facts["invite"], "--model", MODEL, *options]
         processes = [founder] + [
             stack.enter_context(_node(folder, idx, join, cap))
             for idx, cap in enumerate(caps[1:], start=1)
@@ -99,10 +113,12 @@ def running_swarm(folder: Path, caps: Sequence[int]) -> Iterator[Swarm]:
         members = []
         for idx, (process, cap) in enumerate(zip(processes, caps, strict=True)):
             process.wait_until_up()
-            members.append(Member(f"node-{idx}", cap, process, Client(home=process.home)))
+            client = Client(home=process.home)
+            members.append(Member(f"node-{idx}", cap, process, client, options))
             stack.callback(members[-1].stop)
         swarm = Swarm(tuple(members))
-        wait_for(swarm.is_planned, PLAN_S, "no plan over all members")
+        is_planned = swarm.is_planned if needs_all else swarm.has_a_plan
+        wait_for(is_planned, PLAN_S, "no plan over all members")
         yield swarm
         # All at once: each takes a second to say goodbye.
         for member in members:

@@ -50,28 +50,29 @@ class StreamLane:
 
     def send(self, *parts: Buffer) -> None:
         """See `Lane.send`."""
-        views = [memoryview(part).cast("B") for part in parts]
-        nbytes = sum(map(len, views))
+        nbytes = 0
+        for part in parts:
+            nbytes += memoryview(part).nbytes
         if nbytes > MAX_MESSAGE:
             raise ValueError(f"a message of {nbytes} bytes, over {MAX_MESSAGE}")
-        pieces: Sequence[Buffer] = (_LENGTH.pack(nbytes), *views)
+        pieces: Sequence[Buffer] = (_LENGTH.pack(nbytes), *parts)
         if nbytes <= _JOIN_BYTES:
             pieces = (b"".join(pieces),)
         try:
             with self._in_use:
                 self._raise_if_broken()
                 for piece in pieces:
-                    self._send(memoryview(piece))
+                    self._send(memoryview(piece).cast("B"))
         except LaneBroken as error:
             self._break(error)
             raise
         finally:
-            self._free_if_closed()
+            if self._is_closed:
+                self._free()
 
     def _send(self, data: memoryview) -> None:
         for start in range(0, len(data), PIECE_BYTES):
-            self._wire.put(data[start : start + PIECE_BYTES])
-            left = self._wire.flush()
+            left = self._wire.send(data[start : start + PIECE_BYTES])
             if left:
                 self._flush(left)
 
@@ -118,7 +119,8 @@ class StreamLane:
             self._break(error)
             raise
         finally:
-            self._free_if_closed()
+            if self._is_closed:
+                self._free()
         return message
 
     def _cut(self) -> memoryview | None:
@@ -169,7 +171,7 @@ class StreamLane:
         if self._broken is None:
             self._broken = LaneBroken("it was closed")
         self._wire.shut()
-        self._free_if_closed()
+        self._free()
 
     def _raise_if_broken(self) -> None:
         if self._broken is not None:
@@ -181,9 +183,9 @@ class StreamLane:
             self._broken = error
         self._wire.shut()
 
-    def _free_if_closed(self) -> None:
+    def _free(self) -> None:
         """Free the socket, unless a thread is using it, which does so when it is done."""
-        if self._is_closed and self._in_use.acquire(blocking=False):
+        if self._in_use.acquire(blocking=False):
             try:
                 self._wire.close()
             finally:

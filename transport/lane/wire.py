@@ -12,8 +12,6 @@ import ssl
 from contextlib import suppress
 from typing import Protocol
 
-from covey.transport.frame import Buffer
-
 from .errors import LaneBroken
 
 PIECE_BYTES = 64 << 10  # handed to the socket at once
@@ -35,15 +33,17 @@ class Wire(Protocol):
             LaneBroken: the other side hung up, or the stream is damaged.
         """
 
-    def put(self, piece: Buffer) -> None:
-        """Take a piece to be sent; nothing of the one before must be left.
+    def send(self, piece: memoryview) -> int:
+        """Send a piece as far as there is room; how many bytes are left, for `flush`.
+
+        Nothing of the one before must be left.
 
         Raises:
-            LaneBroken: the stream has ended.
+            LaneBroken: the other side hung up, or the stream has ended.
         """
 
     def flush(self) -> int:
-        """Send what was put, as far as there is room; how many bytes are left.
+        """Send what is left, as far as there is room; how many bytes are left then.
 
         Raises:
             LaneBroken: the other side hung up.
@@ -85,21 +85,23 @@ class PlainWire:
             raise LaneBroken("the peer hung up")
         return nbytes
 
-    def put(self, piece: Buffer) -> None:
-        """See `Wire.put`."""
-        self._unsent = memoryview(piece)
+    def send(self, piece: memoryview) -> int:
+        """See `Wire.send`."""
+        self._unsent = piece
+        return self.flush()
 
     def flush(self) -> int:
         """See `Wire.flush`."""
+        unsent = self._unsent
         try:
-            sent = self._socket.send(self._unsent)
+            sent = self._socket.send(unsent)
         except BlockingIOError:
             sent = 0
         except OSError as error:
             raise LaneBroken("the connection was lost") from error
-        left = len(self._unsent) - sent
+        left = len(unsent) - sent
         if left:
-            self._unsent = self._unsent[sent:]
+            self._unsent = unsent[sent:]
         return left
 
     def shut(self) -> None:
@@ -134,9 +136,11 @@ class TlsWire(PlainWire):
         try:
             while True:
                 if self._incoming.pending or self._tls.pending():
-                    with suppress(ssl.SSLWantReadError):
+                    try:
                         # With a buffer to fill, it returns how many bytes that were.
                         return int(self._tls.read(len(view), view))
+                    except ssl.SSLWantReadError:  # the rest of a record is still on its way
+                        pass
                 nbytes = super().read_into(self._sealed)
                 if nbytes is None:
                     return None
@@ -144,10 +148,10 @@ class TlsWire(PlainWire):
         except ssl.SSLError as error:  # also how TLS says goodbye
             raise LaneBroken("the peer ended TLS, or it was damaged") from error
 
-    def put(self, piece: Buffer) -> None:
-        """See `Wire.put`."""
+    def send(self, piece: memoryview) -> int:
+        """See `Wire.send`."""
         try:
             self._tls.write(piece)
         except ssl.SSLError as error:
             raise LaneBroken("TLS has ended") from error
-        super().put(self._outgoing.read())
+        return super().send(memoryview(self._outgoing.read()))

@@ -166,6 +166,14 @@ COVEY_EXPORT int32_t covey_head_logits(covey_engine* engine, const covey_matrix*
 COVEY_EXPORT int32_t covey_multiply(covey_engine* engine, const covey_matrix* matrix, const float* x,
                                     int32_t n_rows, float* y);
 
+/* values [n] -> halves [n], rounded to the nearest, ties to even. COVEY_INVALID, and nothing is said
+ * about the halves, if one is beyond the largest half or no number. */
+COVEY_EXPORT int32_t covey_halves_narrow(const float* values, int64_t n, uint16_t* halves);
+
+/* halves [n] -> values [n]; and added to total [n]. They need not be aligned. */
+COVEY_EXPORT void covey_halves_widen(const uint16_t* halves, int64_t n, float* values);
+COVEY_EXPORT void covey_halves_add(const uint16_t* halves, int64_t n, float* total);
+
 #ifdef __cplusplus
 }
 #endif

@@ -168,7 +168,12 @@ def test_a_detached_node_is_stopped_by_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "n_nodes"), [(signal.SIGINT, 1), (signal.SIGINT, 3), (signal.SIGTERM, 3)]
+    ("number", "n_nodes"),
+    [
+        (signal.SIGINT, 1),
+        pytest.param(signal.SIGINT, 3, marks=pytest.mark.lab),
+        (signal.SIGTERM, 3),
+    ],
 )
 def test_a_demo_that_is_stopped_leaves_nothing(
     tmp_path: Path, number: signal.Signals, n_nodes: int

@@ -8,8 +8,10 @@ from typing import Any, cast
 
 from covey.node.links import (
     LOSS_PACKETS,
+    NOTABLE_BUSY_RTT_S,
     NOTE_EVERY_S,
     REMEASURE_CHANGED_S,
+    SETTLE_S,
     LinkMeter,
     LossMeter,
 )
@@ -22,7 +24,7 @@ class Peer:
     """What the meter sees of a link."""
 
     def __init__(self) -> None:
-        self.busy = False
+        self.busy = self.is_needed = False
         self.rtt_s: float | None = 0.010
         self.kind = LinkKind.RELAYED
         self.packets: Packets | None = None
@@ -74,27 +76,62 @@ def simulate(scenario: Callable[[Peer, Replica], Awaitable[None]]) -> None:
         runner.run(run())
 
 
-def test_a_link_is_measured_once_and_noise_is_not_published() -> None:
+N_PROBES = 1 + len(SETTLE_S)
+SETTLED_S = sum(SETTLE_S) + 5
+
+
+def test_a_link_is_measured_while_it_settles_and_noise_is_not_published() -> None:
     async def scenario(peer: Peer, replica: Replica) -> None:
         for rtt_s in (0.011, 0.009, 0.014, 0.008):
             await asyncio.sleep(2 * NOTE_EVERY_S)
             peer.rtt_s = rtt_s
-        assert peer.n_probes == 1
+        assert peer.n_probes == N_PROBES
         assert [value["rtt_s"] for value in replica.values] == [0.010]
+
+    simulate(scenario)
+
+
+def test_of_the_first_probes_the_best_figures_count() -> None:
+    async def scenario(peer: Peer, replica: Replica) -> None:
+        peer.found = (0.030, 1e6)  # while the member joins
+        await asyncio.sleep(SETTLE_S[0] / 2)
+        peer.found = (0.012, 3e6)
+        await asyncio.sleep(SETTLE_S[0])
+        peer.found = (0.040, 2e6)  # while it loads its blocks
+        peer.rtt_s = 0.014
+        await asyncio.sleep(SETTLED_S)
+        assert [(value["rtt_s"], value["bandwidth_bytes_per_s"]) for value in replica.values] == [
+            (0.030, 1e6),
+            (0.012, 3e6),
+        ]
+
+    simulate(scenario)
+
+
+def test_a_heartbeat_that_waits_for_a_session_says_nothing_of_the_way() -> None:
+    async def scenario(peer: Peer, replica: Replica) -> None:
+        peer.is_needed = True
+        await asyncio.sleep(SETTLED_S)
+        peer.rtt_s = 0.010 + 0.9 * NOTABLE_BUSY_RTT_S
+        await asyncio.sleep(2 * NOTE_EVERY_S)
+        assert len(replica.values) == 1
+        peer.rtt_s = 0.010 + 1.1 * NOTABLE_BUSY_RTT_S
+        await asyncio.sleep(2 * NOTE_EVERY_S)
+        assert len(replica.values) == 2
 
     simulate(scenario)
 
 
 def test_another_round_trip_time_is_published_and_then_probed_without_a_flood() -> None:
     async def scenario(peer: Peer, replica: Replica) -> None:
-        await asyncio.sleep(2)
+        await asyncio.sleep(SETTLED_S)
         for n in range(60):  # it flaps each second
             peer.rtt_s = 0.05 if n % 2 else 0.010
             await asyncio.sleep(1)
         assert len(replica.values) <= 1 + 60 / NOTE_EVERY_S
         peer.rtt_s, peer.found = 0.05, (0.05, 2e5)
         await asyncio.sleep(REMEASURE_CHANGED_S + NOTE_EVERY_S)
-        assert peer.n_probes == 2
+        assert peer.n_probes == N_PROBES + 1
         assert replica.values[-1]["bandwidth_bytes_per_s"] == 2e5
 
     simulate(scenario)
@@ -144,3 +181,13 @@ def test_loss_is_a_moving_average_that_no_probe_and_no_new_carrier_spoils() -> N
     meter.look(Packets(n_sent=10 + LOSS_PACKETS, n_resent=LOSS_PACKETS // 10))
     assert meter.loss is not None
     assert 0 < meter.loss < 0.1
+
+
+def test_what_turns_out_to_have_arrived_was_not_lost_and_is_no_new_carrier() -> None:
+    meter = LossMeter()
+    meter.look(Packets(n_sent=LOSS_PACKETS, n_resent=10))
+    before = meter.loss
+    assert before is not None
+    meter.look(Packets(n_sent=2 * LOSS_PACKETS, n_resent=4))
+    assert meter.loss is not None
+    assert 0 < meter.loss < before

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import pytest
 
+from covey.node import links
 from covey.node.catalog import LocalModel
 from covey.node.config import NodeConfig
 from covey.node.engines import Engines
@@ -21,13 +22,13 @@ from covey.node.home import Home
 from covey.node.model.checkpoint import open_checkpoint
 from covey.node.model.errors import CorruptModel
 from covey.node.planning import Planning
-from covey.node.planning_state import plan_record
+from covey.node.planning_state import link_record, plan_record
 from covey.node.serving import StageServer
 from covey.node.switch import Switch
 from covey.node.worker import Done
 from covey.partition.activation import PENDING_S
 from covey.partition.plan import LayerPlan, Pipeline, Prediction, StagePlan, make_plan
-from covey.partition.profile import DeviceProfile
+from covey.partition.profile import DeviceProfile, LinkProfile
 from covey.store.replica import Replica
 from covey.store.views import Views
 from covey.transport.link import LinkKind
@@ -89,7 +90,12 @@ class Member:
         self.switch = Switch(name, cast("Any", None))
         self.server = StageServer(self.switch, cast("Any", self.loader), self.clock)
         peer = SimpleNamespace(
-            busy=False, rtt_s=1e-3, kind=LinkKind.DIRECT, packets=None, measure=self._measured
+            busy=False,
+            is_needed=False,
+            rtt_s=1e-3,
+            kind=LinkKind.DIRECT,
+            packets=None,
+            measure=self._measured,
         )
         self.mesh = SimpleNamespace(peers={}, peer=self._answer(peer))
         self.replica.on_local(lambda envelope: swarm.spread(name, envelope))
@@ -348,6 +354,50 @@ def test_a_bad_load_before_a_good_one_leaves_the_planner_alive(
             await asyncio.sleep(SETTLE_S)
             assert spoiled
             assert a.is_planning
+
+    simulate(scenario)
+
+
+def test_a_plan_gets_other_codecs_when_its_links_are_others_and_keeps_them_when_they_hover(
+    tmp_path: Path, model: LocalModel
+) -> None:
+    def say(bandwidth: float, *members: Member) -> None:
+        for one, other in (members, members[::-1]):
+            record = link_record(
+                LinkProfile(
+                    a=one.peer_id,
+                    b=other.peer_id,
+                    rtt_s=1e-3,
+                    bandwidth_bytes_per_s=bandwidth,
+                )
+            )
+            one.replica.set(record.key, record.to_value())
+
+    async def scenario() -> None:
+        swarm = Swarm(tmp_path)
+        async with AsyncExitStack() as stack:
+            a = await stack.enter_async_context(member("a", swarm, model, 2))
+            b = await stack.enter_async_context(member("b", swarm, model, 2))
+            await asyncio.sleep(sum(links.SETTLE_S) + SETTLE_S)
+            first = a.planning.route(model.digest)
+            assert first is not None
+            assert set(first.codecs) == {"exact"}
+            say(2e4, a, b)
+            await asyncio.sleep(SETTLE_S)
+            slow = a.planning.route(model.digest)
+            assert slow is not None
+            assert slow.codecs == ("exact", "int8", "int8")
+            assert slow.spans == first.spans  # nobody loads another block
+            for factor in (0.8, 1.2, 0.7, 1.3) * 3:
+                say(2e4 * factor, a, b)
+                await asyncio.sleep(SETTLE_S)
+            assert a.planning.route(model.digest) == slow
+            say(1e8, a, b)
+            await asyncio.sleep(SETTLE_S)
+            again = a.planning.route(model.digest)
+            assert again is not None
+            assert set(again.codecs) == {"exact"}
+            assert again.epoch == slow.epoch + 1
 
     simulate(scenario)
 

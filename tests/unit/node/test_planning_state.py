@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from covey.node.planning_state import (
+    AHEAD_S,
+    EXPERIENCE_S,
     MAX_PROPOSALS,
     ModelState,
     device_record,
@@ -16,16 +18,18 @@ from covey.node.planning_state import (
     plan_record,
     read_state,
 )
+from covey.partition.observed import slowed
 from covey.partition.plan import LayerPlan, Pipeline, Prediction, make_plan
 from covey.partition.profile import DeviceProfile
 from covey.store.replica import Replica
-from covey.store.schema import PlanRecord, ProfileRecord, Ready, Record
+from covey.store.schema import Experience, PlanRecord, ProfileRecord, Ready, Record, Seen
 from covey.store.views import Views
 from support.plans import device, link, stages
 from support.swarm_keys import MEMBERS, replica_of
 
 MODEL, OTHER = "0f" * 32, "1e" * 32
 N_BLOCKS = 4
+NOW = 1e9
 READER, LIAR = "alice", "bob"
 
 
@@ -43,7 +47,7 @@ class Swarm:
         self.replicas[author].set(record.key, record.to_value())
 
     def read(self) -> ModelState:
-        return read_state(Views(self.replicas[READER]), MODEL, N_BLOCKS)
+        return read_state(Views(self.replicas[READER]), MODEL, N_BLOCKS, unix_time=NOW)
 
 
 def profile(peer_id: str, model: str = MODEL) -> DeviceProfile:
@@ -71,6 +75,47 @@ def plan(
 
 def ready(of: LayerPlan, stage_idx: int) -> Ready:
     return Ready(plan_digest=of.digest, stage_idx=stage_idx, at=0.0)
+
+
+def experience(
+    at: float = NOW, n_sessions: int = 5, model: str = MODEL, **peers: float
+) -> Experience:
+    return Experience(
+        model=model,
+        peers={
+            peer: Seen(decode_s_per_block=seconds, n_sessions=n_sessions, at=at)
+            for peer, seconds in peers.items()
+        },
+    )
+
+
+def test_a_device_that_others_find_slow_is_planned_as_slow_and_still_says_what_it_says() -> None:
+    swarm = Swarm()
+    for author in ("alice", LIAR):
+        swarm.publish(author, device_record({MODEL: profile(author)}))
+    swarm.publish("alice", experience(bob=0.1))
+    state = swarm.read()
+    assert state.claimed == {"alice": profile("alice"), LIAR: profile(LIAR)}
+    assert state.devices["alice"] == profile("alice")
+    assert state.devices[LIAR] == slowed(profile(LIAR), 10.0)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        experience(bob=0.1, at=NOW - EXPERIENCE_S - 1),
+        experience(bob=0.1, at=NOW + AHEAD_S + 1),
+        experience(bob=0.1, model=OTHER),
+        experience(bob=0.1, n_sessions=1),
+        experience(bob=1e-12),
+        experience(dave=0.1),
+    ],
+)
+def test_what_others_say_of_another_time_model_or_member_changes_nothing(said: Experience) -> None:
+    swarm = Swarm()
+    swarm.publish(LIAR, device_record({MODEL: profile(LIAR)}))
+    swarm.publish("alice", said)
+    assert swarm.read().devices == {LIAR: profile(LIAR)}
 
 
 def test_honest_records_are_read_back() -> None:
@@ -203,6 +248,8 @@ def test_every_reader_sees_the_proposals_in_one_order() -> None:
     swarm = Swarm()
     for epoch, author in [(1, "carol"), (2, "bob"), (2, "alice")]:
         swarm.publish(author, plan_record(plan(epoch=epoch, proposer=author)))
-    read = [read_state(Views(r), MODEL, N_BLOCKS).plans for r in swarm.replicas.values()]
+    read = [
+        read_state(Views(r), MODEL, N_BLOCKS, unix_time=NOW).plans for r in swarm.replicas.values()
+    ]
     assert all(plans == read[0] for plans in read)
     assert [p.epoch for p in read[0]] == [2, 2, 1]

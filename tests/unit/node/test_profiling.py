@@ -109,3 +109,20 @@ def test_a_paced_machine_is_measured_as_slow_as_it_is_though_sleeps_are_too_long
 def test_cores_that_others_use_count_only_where_the_engine_wants_them() -> None:
     assert 0.0 <= busy_share(1, look_s=0.02) <= 1.0
     assert busy_share(10_000, look_s=0.02) <= 1.0
+
+
+def test_what_comes_before_each_step_is_not_timed() -> None:
+    now, order = [0.0], list[str]()
+
+    def take(name: str, seconds: float) -> None:
+        order.append(name)
+        now[0] += seconds
+
+    times = time_in_turn(
+        {"work": lambda: take("work", 0.5)},
+        budget_s=0.0,
+        before=lambda: take("before", 100.0),
+        clock=lambda: now[0],
+    )
+    assert times == {"work": 0.5}
+    assert order == ["before", "work"] * (len(order) // 2)

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from covey.node.route import Route, UnsupportedPlan
+from covey.node.route import Route, UnsupportedPlan, routes_of
 from covey.node.switch import code_of
 from covey.partition.plan import CODECS, LayerPlan, Member, Pipeline, Span, StagePlan
 from covey.transport.errors import ErrorCode
 from support.node_core import PEERS, route_of
 
-A, B, C = PEERS[:3]
+A, B, C, D, E = PEERS
 
 
 def plan() -> LayerPlan:
@@ -30,8 +30,36 @@ def test_a_route_holds_what_every_frame_needs() -> None:
 
 
 def group() -> dict[str, Any]:
-    pair = StagePlan(Span(0, 3), (Member(A, 1, 32), Member(B, 1, 32)))
+    pair = StagePlan(Span(0, 3), (Member(A, 1, 32), Member(B, 1, 32)), hub_idx=1)
     return {"pipelines": (Pipeline.of((pair, StagePlan.alone(C, 3, 4))),)}
+
+
+def test_borders_lead_to_the_hub_of_a_group() -> None:
+    route = Route.of(replace(plan(), **group()))
+    assert route.peers == (B, C)
+    assert route.members == {A, B, C}
+    assert route.spans == ((0, 3), (3, 4))
+    assert [route.stage_of(peer) for peer in (A, B, C)] == [0, 0, 1]
+
+
+def test_each_pipeline_is_a_route_of_its_own() -> None:
+    pipelines = tuple(
+        Pipeline.of([StagePlan.alone(first, 0, 2), StagePlan.alone(second, 2, 4)])
+        for first, second in ((A, B), (C, D))
+    )
+    memory = tuple((peer, 1) for peer in (A, B, C, D))
+    prediction = replace(plan().prediction, memory_bytes=memory)
+    both = replace(plan(), pipelines=pipelines, prediction=prediction)
+    first, second = routes_of(both)
+    assert (first.peers, second.peers) == ((A, B), (C, D))
+    assert first.digest == second.digest == both.digest
+    own = Route.for_member(both, D)
+    assert own == second
+    assert (own.stage_of(D), own.place_in_plan(own.stage_of(D))) == (1, 3)
+    with pytest.raises(UnsupportedPlan):
+        Route.for_member(both, E)
+    with pytest.raises(ValueError, match="no stage"):
+        first.stage_of(C)
 
 
 def with_codecs(*codecs: str) -> LayerPlan:
@@ -57,9 +85,9 @@ def test_every_codec_that_a_plan_may_name_is_understood() -> None:
         # compute something else than the plan says.
         {"index_pattern": "FFSF"},
         sparse("FSFS"),
-        group(),
+        {**group(), "engine": "bf16"},
     ],
-    ids=["engine", "sparse", "sparse across borders", "group"],
+    ids=["engine", "sparse", "sparse across borders", "group in bf16"],
 )
 def test_what_this_version_cannot_run_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedPlan) as caught:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from covey.partition.codecs import MARGIN, coarse, codec_for, codecs_for, outdated
-from covey.partition.plan import CODECS, Pipeline, StagePlan
+from covey.partition.codecs import MARGIN, coarse, codec_for, codecs_for
+from covey.partition.plan import CODECS
 from covey.partition.profile import LinkProfile, ModelLayout, Workload
 
 REQUEST = Workload()
@@ -88,12 +88,3 @@ def test_each_border_of_a_chain_gets_its_own_links_codec() -> None:
 
     codecs = codecs_for(["a", "b", "c"], layout(), find, REQUEST)
     assert codecs == ("exact", "exact", "int4", codec_for(layout(), link(3e6), REQUEST))
-
-
-def test_a_plan_is_outdated_when_its_links_want_other_codecs_by_the_margin() -> None:
-    stages = (StagePlan.alone("a", 0, 1), StagePlan.alone("b", 1, 2))
-    lossy = Pipeline.of(stages, codecs=("exact", "int8", "int8"))
-    exact = Pipeline.of(stages)
-    assert outdated(lossy, layout(), lambda a, b: link(1e9, a, b), REQUEST)
-    assert not outdated(exact, layout(), lambda a, b: link(1e9, a, b), REQUEST)
-    assert outdated(exact, layout(), lambda a, b: link(1e5, a, b), REQUEST)

@@ -119,11 +119,17 @@ def test_each_direction_counts_as_measured_and_the_worse_of_two_measurements() -
     assert (forth.rtt_s, forth.bandwidth_bytes_per_s) == (0.004, 1e3)
 
 
-def test_loss_costs_round_trips() -> None:
-    lossy = Network([LinkProfile(a="a", b="b", rtt_s=0.1, bandwidth_bytes_per_s=1e9, loss=0.1)])
-    border = lossy.border("a", "b", token_bytes=0, chunk_tokens=1)
-    assert border is not None
-    assert border.latency_s == pytest.approx(0.06)
+def test_a_lost_packet_costs_a_timeout_if_it_is_alone_and_round_trips_if_not() -> None:
+    lossy = Network([LinkProfile(a="a", b="b", rtt_s=0.04, bandwidth_bytes_per_s=1e9, loss=0.02)])
+    alone = lossy.border("a", "b", token_bytes=1000, chunk_tokens=1)
+    in_two = lossy.border("a", "b", token_bytes=2000, chunk_tokens=1)
+    many = lossy.border("a", "b", token_bytes=1 << 20, chunk_tokens=1)
+    assert alone is not None
+    assert in_two is not None
+    assert many is not None
+    assert alone.latency_s == pytest.approx(0.02 + 0.02 * 0.2)
+    assert in_two.latency_s == pytest.approx(0.02 + 2 * 0.02 * 10 * 0.04)
+    assert many.latency_s == pytest.approx(0.02 + 10 * 0.04)
 
 
 @pytest.mark.parametrize(

@@ -216,10 +216,11 @@ def test_compacting_twice_makes_one_snapshot() -> None:
     assert kinds == [Kind.SNAPSHOT, Kind.UPDATE, Kind.SNAPSHOT]
 
 
-def test_ten_thousand_overwrites_leave_a_short_log_everywhere() -> None:
+@pytest.mark.parametrize("n_writes", [2_000, pytest.param(10_000, marks=pytest.mark.lab)])
+def test_thousands_of_overwrites_leave_a_short_log_everywhere(n_writes: int) -> None:
     alice, bob = replica_of("alice"), replica_of("bob")
     alice.on_local(bob.apply)
-    for n in range(10_000):
+    for n in range(n_writes):
         alice.set(f"key{n % 100}", {"n": n})
     for replica in (alice, bob):
         everything = replica.missing_for(encode_vector({}), max_bytes=2**30)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
@@ -9,7 +10,9 @@ import pytest
 
 from covey.store.errors import RecordMalformed
 from covey.store.schema import (
+    MAX_EXPERIENCES,
     BlobEntry,
+    Experience,
     IndexCache,
     MemberCard,
     ModelManifest,
@@ -18,6 +21,7 @@ from covey.store.schema import (
     ProfileRecord,
     Ready,
     Record,
+    Seen,
 )
 from covey.store.values import MAX_VALUE_BYTES, decode_value, encode_value
 
@@ -49,6 +53,8 @@ PLAN = PlanRecord(plan={"stages": [1, 2.5]}, digest=DIGEST, model="ab" * 8, epoc
 READY = Ready(plan_digest=DIGEST, stage_idx=0, at=5)
 DEVICE = ProfileRecord(kind="device", value={"cores": 4})
 LINK = ProfileRecord(kind="link", value={"rtt_s": 0.001}, peer="bob")
+SEEN = Seen(decode_s_per_block=0.01, n_sessions=3, at=5.0)
+EXPERIENCE = Experience(model=DIGEST, peers={"bob": SEEN})
 INDEX = IndexCache(
     model=DIGEST,
     pattern="FSSF",
@@ -66,6 +72,7 @@ INDEX = IndexCache(
         (READY, f"ready/{DIGEST}/0"),
         (DEVICE, "profile/device"),
         (LINK, "profile/link/bob"),
+        (EXPERIENCE, f"experience/{DIGEST}"),
         (INDEX, f"index/{DIGEST}"),
     ],
 )
@@ -104,6 +111,20 @@ def test_a_record_comes_back_from_the_store_as_it_went_in(record: Record, key: s
         (DEVICE, {"kind": "other"}),
         (DEVICE, {"peer": "bob"}),
         (LINK, {"peer": None}),
+        *(
+            (EXPERIENCE, {"peers": {"bob": {**msgspec.to_builtins(SEEN), **change}}})
+            for change in (
+                {"decode_s_per_block": math.nan},
+                {"decode_s_per_block": math.inf},
+                {"decode_s_per_block": -1.0},
+                {"decode_s_per_block": 0.0},
+                {"decode_s_per_block": 1e-300},
+                {"n_sessions": 0},
+                {"at": math.nan},
+            )
+        ),
+        (EXPERIENCE, {"peers": {"not an id": SEEN}}),
+        (EXPERIENCE, {"peers": {f"peer{n}": SEEN for n in range(MAX_EXPERIENCES + 1)}}),
         (INDEX, {"pattern": "SF"}),
         (INDEX, {"pattern": "FX"}),
         (INDEX, {"pattern": "F" * 1025}),

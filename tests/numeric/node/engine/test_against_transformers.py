@@ -41,6 +41,7 @@ def greedy_logits(model: Any, ids: list[int], n_tokens: int) -> tuple[list[int],
     return out.tolist(), model(out[None]).logits[0]
 
 
+@pytest.mark.lab  # tiny models of the same shape are below
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_logits_of_64_greedy_tokens(
     prompt: str, checkpoint: Checkpoint, oracle_model: Any, stages: Any

@@ -53,6 +53,7 @@ def test_thirty_stages_of_one_block(checkpoint: Checkpoint, blocks: list[Stage])
     assert np.array_equal(run(blocks, embedded), whole)
 
 
+@pytest.mark.lab
 def test_every_cut_into_two_stages(checkpoint: Checkpoint, blocks: list[Stage]) -> None:
     embedded = load_head(checkpoint).embed(IDS)
     whole = run([load_stage(checkpoint, (0, 30))], embedded)
@@ -66,7 +67,9 @@ def test_every_cut_into_two_stages(checkpoint: Checkpoint, blocks: list[Stage]) 
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("cuts", [(0, 11, 30), (0, 1, 17, 29, 30)])
+@pytest.mark.parametrize(
+    "cuts", [pytest.param((0, 11, 30), marks=pytest.mark.lab), (0, 1, 17, 29, 30)]
+)
 def test_cuts_into_real_stages(
     checkpoint: Checkpoint, dtype: EngineDtype, cuts: tuple[int, ...]
 ) -> None:

@@ -1,7 +1,7 @@
 """The kernels' own test under AddressSanitizer and UBSan.
 
-Compiling takes most of a minute for each instruction set, so only the portable build and the best
-of this CPU are tested, unless COVEY_ALL_ISAS is set, as CI does.
+Compiling takes most of a minute for each instruction set, so `make test-lab` does it; and only the
+portable build and the best of this CPU, unless COVEY_ALL_ISAS is set, as CI does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BUILD = runpy.run_path(str(ROOT / "setup.py"))
 SANITIZERS = ("-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
-@pytest.mark.slow
+@pytest.mark.lab
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("isa", BUILD["isas"]())
 def test_the_kernels_stay_within_their_buffers(isa: str, tmp_path: Path) -> None:

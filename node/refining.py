@@ -1,0 +1,199 @@
+"""This device's profile, kept true while it serves: moving averages of what its own steps take.
+
+The quick measurement at the start saw some blocks for a second or two. What a stage takes later,
+with all its blocks, other people's programs and the weather in the case, corrects those figures: by
+a factor for decode in each batch, and one for prefill. They are published again only when one has
+changed by more than a tenth, and not often, since every publication costs all members and may make
+them plan anew. A device that has not been used for long is what it was measured to be.
+
+Groups and stages that stream from disk are left out: their steps wait for more than this device
+computes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean, median
+
+from covey.partition.profile import (
+    MAX_SECONDS,
+    MIN_SECONDS,
+    STEP_BATCHES,
+    DeviceProfile,
+)
+from covey.partition.speed import PREFILL_DEPTH_SHARE, block_step_s, prefill_s
+
+from .engine.measure import rising
+
+LOOK_S = 5.0
+PUBLISH_EVERY_S = 60.0
+NOTABLE = 0.1
+FORGET_S = 3600.0  # without a step
+WEIGHT = 0.3  # of a new sample in the moving average
+SAMPLE_STEPS = 16  # decode steps that one sample is the median of; prefill chunks are longer
+SAMPLE_CHUNKS = 3
+MIN_CHUNK = 16  # rows; fewer are neither decode nor prefill
+MAX_KEPT = 4096  # timings between two looks
+LOWEST, HIGHEST = 0.1, 100.0  # factors beyond say that something else is wrong
+
+_PREFILL = 0  # beside the batches of decode
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One batch of steps on this node's engine."""
+
+    model_digest: str
+    n_blocks: int
+    rows: tuple[int, ...]  # of each session
+    positions: tuple[int, ...]  # where they begin
+    seconds: float
+
+
+@dataclass(slots=True)
+class Refinement:
+    """One model's profile, and by what factors its steps differ from it. Pure."""
+
+    base: DeviceProfile
+    factors: dict[int, float] = field(default_factory=dict)  # by batch; `_PREFILL`
+    _samples: dict[int, list[float]] = field(default_factory=dict)
+
+    def add(self, timing: Timing) -> None:
+        """Take a batch into account, if its kind was measured."""
+        kind, expected_s = self._expected(timing)
+        if kind is None or expected_s <= 0:
+            return
+        samples = self._samples.setdefault(kind, [])
+        samples.append(timing.seconds / expected_s)
+        if len(samples) >= (SAMPLE_CHUNKS if kind == _PREFILL else SAMPLE_STEPS):
+            sample = min(max(median(samples), LOWEST), HIGHEST)
+            known = self.factors.get(kind, 1.0)
+            self.factors[kind] = known + WEIGHT * (sample - known)
+            samples.clear()
+
+    def profile(self) -> DeviceProfile:
+        """The figures of `base` as they are now; of batches that nobody saw, as the nearest."""
+        base, prefill = self.base, self.factors.get(_PREFILL, 1.0)
+        alone, *batches = rising(
+            [
+                _bounded(seconds * self._decode_factor(batch))
+                for batch, seconds in zip(
+                    STEP_BATCHES,
+                    (base.decode_s_per_block, *base.batch_decode_s_per_block),
+                    strict=False,
+                )
+            ]
+        )
+        return replace(
+            base,
+            decode_s_per_block=alone,
+            batch_decode_s_per_block=tuple(batches),
+            depth_s_per_block=_bounded(base.depth_s_per_block * self._decode_factor(1), low=0.0),
+            prefill_s_per_token_per_block=_bounded(base.prefill_s_per_token_per_block * prefill),
+            prefill_s_per_block=tuple(
+                (n_tokens, _bounded(seconds * prefill))
+                for n_tokens, seconds in base.prefill_s_per_block
+            ),
+        )
+
+    def differs(self, published: dict[int, float]) -> bool:
+        """Whether a factor is another than the published ones by more than noise."""
+        kinds = self.factors.keys() | published.keys()
+        return any(
+            abs(self.factors.get(kind, 1.0) / published.get(kind, 1.0) - 1.0) > NOTABLE
+            for kind in kinds
+        )
+
+    def _expected(self, timing: Timing) -> tuple[int | None, float]:
+        n_sessions = len(timing.rows)
+        if max(timing.rows) == 1:
+            depth = round(fmean(timing.positions))
+            kind = min(STEP_BATCHES, key=lambda batch: abs(batch - n_sessions))
+            return kind, timing.n_blocks * block_step_s(self.base, n_sessions, depth)
+        if n_sessions == 1 and timing.rows[0] >= MIN_CHUNK:
+            rows, before = timing.rows[0], timing.positions[0]
+            depth_s = PREFILL_DEPTH_SHARE * rows * before * self.base.depth_s_per_block
+            return _PREFILL, timing.n_blocks * (prefill_s(self.base, rows) + depth_s)
+        return None, 0.0
+
+    def _decode_factor(self, batch: int) -> float:
+        seen = [kind for kind in self.factors if kind != _PREFILL]
+        if not seen:
+            return 1.0
+        return self.factors[min(seen, key=lambda kind: (abs(kind - batch), kind))]
+
+
+class Refining:
+    """Keeps this node's own profiles true; `run` is its one loop.
+
+    Args:
+        devices: the profiles by model digest, changed in place.
+        timings: what the engine's thread adds to.
+        publish: called when `devices` has changed.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        devices: MutableMapping[str, DeviceProfile],
+        timings: deque[Timing],
+        publish: Callable[[], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._devices = devices
+        self._timings = timings
+        self._publish = publish
+        self._clock = clock
+        self._models: dict[str, Refinement] = {}
+        self._published: dict[str, dict[int, float]] = {}  # the factors, by model
+        self._published_at: dict[str, float] = {}
+        self._used_at: dict[str, float] = {}
+
+    async def run(self) -> None:
+        """Look every few seconds, until cancelled."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            self.look()
+
+    def look(self) -> None:
+        """Take in what the engine did since, and publish what is new."""
+        now = self._clock()
+        for timing in self._taken():
+            digest = timing.model_digest
+            if digest not in self._devices:
+                continue
+            if digest not in self._models:
+                self._models[digest] = Refinement(self._devices[digest])
+            self._models[digest].add(timing)
+            self._used_at[digest] = now
+        is_changed = False
+        for digest, refinement in self._models.items():
+            if now - self._used_at[digest] > FORGET_S:
+                refinement.factors.clear()
+            is_changed |= self._refine(digest, refinement, now)
+        if is_changed:
+            self._publish()
+
+    def _taken(self) -> Sequence[Timing]:
+        return [self._timings.popleft() for _ in range(len(self._timings))]
+
+    def _refine(self, digest: str, refinement: Refinement, now: float) -> bool:
+        published = self._published.get(digest, {})
+        is_due = now - self._published_at.get(digest, -PUBLISH_EVERY_S) >= PUBLISH_EVERY_S
+        device = self._devices.get(digest)
+        if device is None or not is_due or not refinement.differs(published):
+            return False
+        self._published[digest] = dict(refinement.factors)
+        self._published_at[digest] = now
+        self._devices[digest] = replace(
+            refinement.profile(), version=device.version + 1, measured_at=time.time()
+        )
+        return True
+
+
+def _bounded(seconds: float, low: float = MIN_SECONDS) -> float:
+    return min(max(seconds, low), MAX_SECONDS)

@@ -1,0 +1,107 @@
+"""Two real nodes that share each block out between them: one text, whoever asks, and faults."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from covey.cli.child import wait_for
+from covey.client import Client, GenerationFailed
+from covey.node.alone import generate_alone, load_alone
+from covey.node.catalog import open_model
+from covey.node.engines import Engines
+from covey.node.model.sampling import SamplingParams
+from covey.node.prompt import chat_tokens
+from support.swarm import MODEL, N_BLOCKS, PLAN_S, Swarm, running_swarm
+
+pytestmark = [pytest.mark.network, pytest.mark.slow, pytest.mark.timeout(240)]
+
+SKY = [{"role": "user", "content": "Why is the sky blue?"}]
+ENDLESS = {0: -100.0, 2: -100.0}  # the model's two tokens of the end never come
+N_TOKENS = 24
+HUB, SPOKE = 1, 0
+SHARES = {HUB: (2, 1024), SPOKE: (1, 512)}  # of 3 KV heads and 1536 columns
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swarm]:
+    """Each of them could run the model alone; the group is pinned."""
+    folder = tmp_path_factory.mktemp("group")
+    with running_swarm(
+        folder, (N_BLOCKS, N_BLOCKS), ("--engine", "fp32"), needs_all=False
+    ) as swarm:
+        members = [
+            {"name": f"node-{idx}", "kv_heads": heads, "mlp_columns": columns}
+            for idx, (heads, columns) in SHARES.items()
+        ]
+        stage = {"span": [0, N_BLOCKS], "members": members, "hub": f"node-{HUB}"}
+        wait_for(lambda: swarm.has_a_plan(), PLAN_S, "no plan")
+        swarm.head.pin_plan(MODEL, {"pipelines": [{"stages": [{**stage, "sum_codec": "exact"}]}]})
+        wait_for(lambda: is_shared(swarm), PLAN_S, "the group does not serve")
+        yield swarm
+
+
+@pytest.fixture(scope="module")
+def expected() -> str:
+    """What one process says, in fp32 too."""
+    model = open_model(MODEL, Engines("fp32", 1))
+    params = SamplingParams(max_tokens=N_TOKENS, temperature=0.0)
+    tokens = chat_tokens(model.tokenizer, SKY)
+    return "".join(generate_alone(model, load_alone(model), tokens, params))
+
+
+def is_shared(swarm: Swarm) -> bool:
+    plans = swarm.active_plans()
+    return bool(plans) and len(plans[0]["pipelines"][0]["stages"][0]["members"]) == 2
+
+
+def text_of(client: Client) -> str:
+    return client.chat(SKY, model=MODEL, max_tokens=N_TOKENS, temperature=0.0).text
+
+
+@pytest.mark.parametrize("asked", [HUB, SPOKE])
+def test_the_text_is_that_of_one_process(nodes: Swarm, asked: int, expected: str) -> None:
+    assert text_of(nodes.members[asked].client) == expected
+
+
+def test_status_tells_who_has_which_part(nodes: Swarm) -> None:
+    text_of(nodes.head)
+    for idx, role in ((HUB, "hub"), (SPOKE, "spoke")):
+        status = nodes.members[idx].status()
+        (part,) = [stage for stage in status["stages"] if stage["role"] == role]
+        assert (part["kv_heads"], part["mlp_columns"]) == SHARES[idx]
+        assert part["forwards"] >= N_TOKENS - 1
+        assert 0 < part["sum_wait_s"] < part["compute_s"]
+        assert (part["arrival_spread"] is not None) == (role == "hub")
+        spans = [list(member["spans"].values()) for member in status["members"]]
+        assert spans == [[[0, N_BLOCKS]]] * 2
+
+
+def test_a_killed_spoke_ends_the_text_and_the_hub_goes_on(nodes: Swarm, expected: str) -> None:
+    hub, spoke = nodes.members[HUB], nodes.members[SPOKE]
+    with hub.client.chat(
+        SKY, model=MODEL, max_tokens=1500, temperature=0.0, logit_bias=ENDLESS, stream=True
+    ) as stream:
+        next(stream)
+        killed_at = time.monotonic()
+        spoke.process.kill()
+        with pytest.raises(GenerationFailed) as caught:
+            for _ in stream:
+                pass
+    assert time.monotonic() - killed_at < 4.0
+    assert caught.value.code == "peer_lost"
+    wait_for(lambda: bool(members_of(hub.client)), PLAN_S, "no other plan")
+    assert members_of(hub.client) == ["node-1"]
+    assert text_of(hub.client) == expected
+    spoke.come_back()
+    wait_for(lambda: is_shared(nodes), PLAN_S, "the group does not come back")
+    assert text_of(hub.client) == expected
+
+
+def members_of(client: Client) -> list[str]:
+    plan: dict[str, Any] | None = client.plan(MODEL)["active"]
+    stages = plan["pipelines"][0]["stages"] if plan else []
+    return [member["name"] for stage in stages for member in stage["members"]]
