@@ -92,7 +92,9 @@ def _group(folder: Path, member: Member) -> Figures:
     members, shape = named([member] * N_DEVICES), SHAPES[SHAPE]
     source = synthetic(shape, TYPE, print)
     began_at = time.monotonic()
-    with running_fleet(members, str(source), source.stem, folder, n_sessions=1) as fleet:
+    with running_fleet(
+        members, str(source), source.stem, folder, n_sessions=1, are_alike=True
+    ) as fleet:
         _say(f"{N_DEVICES} nodes are up", began_at)
         names = list(members)
         plan = group(
