@@ -93,7 +93,7 @@ class Generator:
         observe: Observe = lambda *_: None,
     ) -> None:
         self.observe = observe
-        self._find_route = find_route
+        self.find_route = find_route
         self.hold = hold
         self.pipelines = pipelines
         self.worker = worker
@@ -114,7 +114,7 @@ class Generator:
         """See `Service.generate`."""
         began_at, loop = time.perf_counter(), asyncio.get_running_loop()
         deadline_at = None if request.deadline_s is None else loop.time() + request.deadline_s
-        model, route = self._find_route(request.model)
+        model, _ = self.find_route(request.model)
         if self._is_refusing:
             raise NotReady(request.model, "this node is stopping")
         if self.n_active >= self._max_sessions:
@@ -127,7 +127,7 @@ class Generator:
             if len(prompt) >= limit:
                 raise PromptTooLong(len(prompt), limit)
             max_tokens = min(request.params.max_tokens, limit - len(prompt))
-            run = _Run(self, request, model, route, prompt, max_tokens, began_at, deadline_at)
+            run = _Run(self, request, model, prompt, max_tokens, began_at, deadline_at)
             async with aclosing(run.events()) as events:
                 async for event in events:
                     yield event
@@ -143,29 +143,30 @@ class _Run:
         owner: Generator,
         request: GenerationRequest,
         model: LocalModel,
-        route: Route,
         prompt: list[int],
         max_tokens: int,
         began_at: float,
         deadline_at: float | None,
     ) -> None:
         self._owner = owner
+        self._called = request.model
         self._params = request.params
         self._deadline_at = deadline_at
         self._model = model
-        self._route = route
         self._n_prompt = len(prompt)
         self._tokens = prompt  # the journal: all that a replay needs
         self._max_tokens = max_tokens
         self._began_at = began_at
         self._n_held = 0
-        self._totals = _Totals(route.n_stages)
         self._seen: deque[SeenStep] = deque(maxlen=MAX_STEPS)
 
     async def events(self) -> AsyncGenerator[Event, None]:
         model = self._model
         head = (await self._on_worker(lambda: model.head)).value
         self._sampler = Sampler(self._params, head.vocab_size)
+        # Only now: of several pipelines, others may have taken the one that was free before.
+        _, self._route = self._owner.find_route(self._called)
+        self._totals = _Totals(self._route.n_stages)
         session = await self._open()
         self._n_held = session.n_held
         try:
