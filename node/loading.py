@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from covey.partition.memory import member_bytes
+from covey.partition.network import Network, one_way_s
 from covey.partition.plan import LayerPlan, Member, StagePlan
-from covey.partition.profile import DeviceProfile
+from covey.partition.profile import DeviceProfile, LinkProfile
 from covey.store.replica import Replica
 from covey.store.schema import Ready
 from covey.transport.errors import ErrorCode, TransportError
@@ -30,6 +31,7 @@ from .engine.lease import LeaseTable
 from .engine.shard import Shard, Slice
 from .engine.stage import Stage
 from .errors import NodeError
+from .group.all_reduce import GroupLink
 from .group.forming import Formed, Groups, form_on
 from .group.spoke import Spoke
 from .group.stage import GroupStage
@@ -112,6 +114,7 @@ class Loading:
         self.groups = Groups(node.switch, lambda: node.lanes)
         self._held: dict[str, Held] = {}  # by plan digest
         self._failed: set[str] = set()  # plans whose stage could not be loaded here
+        self._links: Sequence[LinkProfile] = ()  # as measured by all members
         self._is_withdrawn = False
         self._tasks = Tasks()
 
@@ -130,6 +133,7 @@ class Loading:
 
         Without `device`, the model is not offered from here, and nothing new is loaded.
         """
+        self._links = state.links
         keep = {plan.digest for plan in wanted}
         for digest, held in list(self._held.items()):
             is_ours = held.route.plan.model_digest == model.digest
@@ -276,7 +280,8 @@ class Loading:
         held.forming = self._tasks.spawn(self._form_until_it_serves(held, group), "form a group")
 
     async def _form(self, held: Held) -> Formed:
-        return await self.groups.form(held.stage, held.route.digest, held.stage_idx)
+        link = group_link(held.stage, self._links)
+        return await self.groups.form(held.stage, held.route.digest, held.stage_idx, link)
 
     async def _form_until_it_serves(self, held: Held, group: GroupStage) -> None:
         formed: Formed | None = None
@@ -327,6 +332,21 @@ class Loading:
 def _ready(held: Held, *, at: float) -> Ready:
     place = held.route.place_in_plan(held.stage_idx)
     return Ready(plan_digest=held.route.digest, stage_idx=place, at=at)
+
+
+def group_link(stage: StagePlan, links: Sequence[LinkProfile]) -> GroupLink | None:
+    """What lies between the members that send each other parts, the worst; None if unknown."""
+    network, peers = Network(links), stage.peers
+    pairs = {*zip(peers, (*peers[1:], peers[0]), strict=True)}
+    pairs |= {(peer, stage.hub) for peer in peers if peer != stage.hub}
+    pairs |= {(receiver, sender) for sender, receiver in pairs}
+    known = [link for pair in sorted(pairs) if (link := network.link(*pair)) is not None]
+    if len(known) < len(pairs):
+        return None
+    return GroupLink(
+        latency_s=max(map(one_way_s, known)),
+        bytes_per_s=min(link.bandwidth_bytes_per_s for link in known),
+    )
 
 
 def _kv_tokens(shard: Shard, kv_bytes: int) -> int:

@@ -44,6 +44,7 @@ class Spoke:
         self._sessions: dict[str, int] = {}  # positions that each has room for
         self._lock = threading.Lock()
         self._reduce: AllReduce | None = None
+        self._has_ring = True
         self._thread: threading.Thread | None = None
 
     @property
@@ -57,11 +58,14 @@ class Spoke:
         thread = self._thread
         return thread is not None and thread.is_alive()
 
-    def serve(self, reduce: AllReduce) -> None:
-        """From now on hear the hub on these lanes, and no more on those before. Blocks for it."""
+    def serve(self, reduce: AllReduce, *, has_ring: bool = True) -> None:
+        """From now on hear the hub on these lanes, and no more on those before. Blocks for it.
+
+        With `has_ring` there is a lane to both members next to this one.
+        """
         with self._lock:
             self._end()
-            self._reduce = reduce
+            self._reduce, self._has_ring = reduce, has_ring
             self._thread = threading.Thread(
                 target=self._hear, args=(reduce,), name="covey-spoke", daemon=True
             )
@@ -119,7 +123,8 @@ class Spoke:
     def _keep(self, reduce: AllReduce, epoch: int, sessions: list[str]) -> None:
         for session in self._sessions.keys() - set(sessions):
             self._close(session)
-        lacking = np.array([[0, *(name not in self._sessions for name in sessions)]], np.float32)
+        here = [self._has_ring, *(session in self._sessions for session in sessions)]
+        lacking = np.logical_not([here]).astype(np.float32)
         reduce.reduce(lacking, lacking.shape, epoch=epoch)
 
     def _open(self, word: Open) -> int:

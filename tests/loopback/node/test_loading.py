@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from covey.node.catalog import LocalModel
 from covey.node.engine.stage import Stage
 from covey.node.engines import Engines
 from covey.node.group.errors import GroupBroken
+from covey.node.group.stage import GroupStage
 from covey.node.loading import Held, Loading
 from covey.node.model.checkpoint import open_checkpoint
 from covey.node.serving import StageServer
@@ -31,7 +33,7 @@ from covey.partition.plan import (
     StagePlan,
     make_plan,
 )
-from covey.partition.profile import DeviceProfile
+from covey.partition.profile import DeviceProfile, LinkProfile
 from covey.store.replica import Replica
 from covey.store.schema import Ready
 from covey.transport.errors import LinkBroken, RefusedByPeer, TransportError
@@ -57,6 +59,7 @@ class LoadingNode:
     def __init__(self, identity: Identity, swarm: Swarm) -> None:
         self.peer_id = identity.peer_id
         self.spoilt: list[LocalModel] = []
+        self.links: tuple[LinkProfile, ...] = ()
         self.switch = Switch(self.peer_id, lambda peer_id: self.mesh.peer(peer_id))
         self.mesh = Mesh(identity, swarm, handler=self._receive, on_down=self._lost)
         self.lanes = Lanes(self.mesh)
@@ -94,7 +97,7 @@ class LoadingNode:
             disk_bytes_per_s=1e9,
         )
         ready = {plan.digest: frozenset[str]() for plan in plans}
-        state = cast("Any", SimpleNamespace(ready=ready))
+        state = cast("Any", SimpleNamespace(ready=ready, links=self.links))
         await self.loading.step(model, plans, state, device)
 
     async def compute(self, engine: Stage, session: str = "s") -> Any:
@@ -177,7 +180,8 @@ async def group(tmp_path: Path) -> AsyncIterator[Group]:
 
 
 def plan_of(model: LocalModel, peers: Sequence[str], epoch: int = 1) -> LayerPlan:
-    members = tuple(Member(peer_id, kv_heads=1, mlp_columns=32) for peer_id in peers)
+    shares = [(1, 32), (1, 32)] if len(peers) == 2 else [(1, 32), (1, 0), (0, 32)]
+    members = tuple(Member(peer, *share) for peer, share in zip(peers, shares, strict=True))
     stage = StagePlan(Span(0, N_BLOCKS), members, sum_codec="exact")
     prediction = Prediction(
         ttft_s=1.0,
@@ -229,6 +233,23 @@ async def test_a_lost_peer_ends_the_service_until_the_group_is_formed_again(grou
     assert group.hub.is_ready
     assert group.spoke.is_ready
     assert engine is group.hub.held.group
+
+
+async def test_a_ring_is_made_where_links_are_measured(group: Group) -> None:
+    peers = [node.peer_id for node in (group.hub, group.spoke, group.other)]
+    plan = group.plan = plan_of(group.model, peers)
+    group.hub.links = tuple(
+        LinkProfile(a=a, b=b, rtt_s=1e-5, bandwidth_bytes_per_s=1e4)
+        for a, b in itertools.combinations(peers, 2)
+    )
+    await group.other.step(group.model, plan)
+    engine = await group.serve()
+    await group.check(engine)
+    assert isinstance(engine, GroupStage)
+    assert engine.spread() is None  # nobody adds up what goes round
+    # A lane between two spokes is as dear as one to the hub.
+    group.spoke.lanes.drop(group.other.peer_id)
+    await group.check(engine)
 
 
 async def test_what_is_no_longer_wanted_is_left(group: Group) -> None:
