@@ -8,7 +8,7 @@ READY = $(VENV)/.ready
 KERNELS = $(VENV)/.kernels
 
 .PHONY: setup demo test test-lab test-arm lint format fuzz soak build clean \
-    lab lab-nat lab-paths lab-swarm lab-links lab-plan lab-groups lab-tpi bench-pipeline bench-transport bench-engine \
+    lab lab-nat lab-paths lab-swarm lab-links lab-plan lab-front lab-groups lab-tpi bench-pipeline bench-transport bench-engine \
     bench-codecs bench-allreduce bench-window
 
 MODEL ?= smollm2
@@ -94,6 +94,10 @@ lab-links: $(KERNELS)
 # systems' rules would have made of the same machines. About 25 minutes, on a quiet machine.
 lab-plan: $(KERNELS)
 	$(BIN)/python -m testbed plan
+
+# One front, predicted and measured, as a picture; four minutes.
+lab-front: $(KERNELS)
+	$(BIN)/python -m testbed front --plot front.svg
 
 # Blocks shared out over two to four devices: speed over one of them, and the same text.
 lab-groups: $(KERNELS)

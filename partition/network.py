@@ -15,6 +15,8 @@ from .speed import on_grid
 PACKET_BYTES = 1400
 ALONE_LOST_S = 0.2
 LOST_ROUND_TRIPS = 10
+# TCP sends so much into a way that was idle, and twice as much after each round trip (RFC 6928).
+FIRST_WINDOW_BYTES = 10 * PACKET_BYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +28,7 @@ class BorderTerm:
     kind: LinkKind | None  # None: no link, sender and receiver are one device
     latency_s: float  # one way, with what lost packets cost on average
     wire_s: float  # bytes of one token / bandwidth
-    chunk_wire_s: float  # bytes of one prefill chunk / bandwidth
+    chunk_wire_s: float  # of one prefill chunk, with TCP's slow start and what is lost of it
     token_bytes: int = 0  # on the wire, indices included
 
     @property
@@ -74,15 +76,39 @@ class Network:
         if link is None:
             return None
         per_byte_s = 1.0 / link.bandwidth_bytes_per_s
+        latency_s = one_way_s(link, token_bytes)
+        chunk_bytes = token_bytes * chunk_tokens
+        lost_s = max(0.0, one_way_s(link, int(chunk_bytes)) - latency_s)
         return BorderTerm(
             sender=sender,
             receiver=receiver,
             kind=link.kind,
-            latency_s=on_grid(one_way_s(link, token_bytes)),
+            latency_s=on_grid(latency_s),
             wire_s=on_grid(token_bytes * per_byte_s),
-            chunk_wire_s=on_grid(token_bytes * chunk_tokens * per_byte_s),
+            chunk_wire_s=on_grid(
+                chunk_bytes * per_byte_s + slow_start_s(link, chunk_bytes) + lost_s
+            ),
             token_bytes=token_bytes,
         )
+
+    def round_trip_s(self, one: str, other: str) -> float:
+        """A short message and its answer; 0 where nothing was measured, or both are one."""
+        if one == other:
+            return 0.0
+        ways = (self.link(one, other), self.link(other, one))
+        return sum(on_grid(one_way_s(link)) for link in ways if link is not None)
+
+
+def slow_start_s(link: LinkProfile, n_bytes: float) -> float:
+    """What a message waits on a way that was idle, until as much may be under way as fits it."""
+    sent, window, waited_s = 0.0, FIRST_WINDOW_BYTES, 0.0
+    while sent + window < n_bytes:
+        gap_s = link.rtt_s - window / link.bandwidth_bytes_per_s
+        if gap_s <= 0.0:
+            break
+        waited_s += gap_s
+        sent, window = sent + window, 2 * window
+    return waited_s
 
 
 def one_way_s(link: LinkProfile, n_bytes: int = 0) -> float:

@@ -8,6 +8,7 @@ Each node starts alone, since it measures what it can do as it starts.
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from covey.cli.child import NodeProcess, wait_for
+from covey.node.links import SETTLE_S
 
 from . import namespaces
 from .asker import Asker
@@ -28,6 +30,9 @@ from .topology import Host, Topology
 SCALE = 0.5
 MAX_LOAD = 1.6  # of two cores
 PROFILED_S = 60.0
+# A new link is probed at once and after each of these pauses, for so many round trips each time.
+N_PROBES = 1 + len(SETTLE_S)
+PROBE_S, PROBE_ROUND_TRIPS = 0.5, 20
 SESSIONS = 4  # at once, as plans reckon with
 CONTEXT = 512
 
@@ -58,7 +63,7 @@ class Member:
         return self.device.memory_bytes if self.memory is None else self.memory
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Fleet:
     """A swarm that runs: everything by the names of its nodes, the founder's first."""
 
@@ -67,11 +72,16 @@ class Fleet:
     machines: dict[str, Machine] = field(default_factory=dict)
     nodes: dict[str, NodeProcess] = field(default_factory=dict)
     askers: dict[str, Asker] = field(default_factory=dict)
+    began_at: float = field(default_factory=time.monotonic)  # when all of it was up
 
     @property
     def founder(self) -> str:
         """The name of the first node."""
         return next(iter(self.nodes))
+
+    def settle(self) -> None:
+        """Wait until nodes no longer probe each other's links because these are new."""
+        time.sleep(max(0.0, self.began_at + settling_s(self.members) - time.monotonic()))
 
     def check(self) -> None:
         """Raise LabBroken if a node has ended."""
@@ -88,6 +98,13 @@ def named(members: Sequence[Member]) -> dict[str, Member]:
         n_before = sum(other.kind == member.kind for other in names.values())
         names[f"{member.kind}-{chr(ord('a') + n_before)}"] = member
     return names
+
+
+def settling_s(members: Mapping[str, Member]) -> float:
+    """How long after the last member has joined links are still probed because they are new."""
+    cables_s = sorted(PRESETS[member.link].rtt_ms / 1e3 for member in members.values())
+    probe_s = PROBE_S + PROBE_ROUND_TRIPS * sum(cables_s[-2:])
+    return sum(SETTLE_S) + N_PROBES * probe_s
 
 
 def topology(members: Mapping[str, Member]) -> Topology:
@@ -212,6 +229,7 @@ def _go_and_ask(fleet: Fleet, stack: ExitStack, n_sessions: int) -> None:
             PROFILED_S,
             f"the founder hears nothing of what {name} can do",
         )
+    fleet.began_at = time.monotonic()
 
 
 def _options(member: Member) -> list[str]:

@@ -41,7 +41,8 @@ def measure(folder: Path, options: argparse.Namespace) -> Sequence[Row]:
     print(case.name, flush=True)
     source, name = source_of(case.model)
     with running_fleet(named(case.members), source, name, folder) as fleet:
-        chosen(fleet)  # nothing moves any more
+        fleet.settle()
+        chosen(fleet)  # which nothing changes any more
         facts = fleet.askers[fleet.founder].plan()
         facts["points"] = spread(facts["points"], MAX_POINTS)
         tried = [_point(fleet, case.name, point) for point in facts["points"]]

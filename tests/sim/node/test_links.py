@@ -26,6 +26,7 @@ class Peer:
     def __init__(self) -> None:
         self.is_needed = False
         self.rtt_s: float | None = 0.010
+        self.least_rtt_s: float | None = None
         self.kind = LinkKind.RELAYED
         self.packets: Packets | None = None
         self.found: tuple[float, float] | None = (0.010, 1e6)
@@ -115,9 +116,13 @@ def test_a_heartbeat_that_waits_for_a_session_says_nothing_of_the_way() -> None:
         peer.rtt_s = 0.010 + 0.9 * NOTABLE_BUSY_RTT_S
         await asyncio.sleep(2 * NOTE_EVERY_S)
         assert len(replica.values) == 1
-        peer.rtt_s = 0.010 + 1.1 * NOTABLE_BUSY_RTT_S
+        peer.rtt_s = 0.010 + 10 * NOTABLE_BUSY_RTT_S
+        peer.least_rtt_s = 0.010  # one of the last that found the way free
         await asyncio.sleep(2 * NOTE_EVERY_S)
-        assert len(replica.values) == 2
+        assert len(replica.values) == 1
+        peer.least_rtt_s = 0.010 + 1.1 * NOTABLE_BUSY_RTT_S
+        await asyncio.sleep(2 * NOTE_EVERY_S)
+        assert replica.values[-1]["rtt_s"] == peer.least_rtt_s
 
     simulate(scenario)
 
