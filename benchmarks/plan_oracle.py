@@ -7,12 +7,12 @@ alone, or up to four with any of them as the hub and the shares of `group_term`)
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, permutations
 from random import Random
 
 from covey.partition.codecs import codecs_for
-from covey.partition.cost import Network, misfits, price
+from covey.partition.cost import Network, held_bytes, misfits, price
 from covey.partition.errors import PlanInfeasible
 from covey.partition.group import group_term
 from covey.partition.plan import Member, Span, StagePlan
@@ -75,12 +75,23 @@ def every_pipeline(question: Question) -> Iterator[tuple[StagePlan, ...]]:
                 yield tuple(unit.stage(start, end) for unit, start, end in spans)
 
 
-def brute_force(question: Question) -> list[Objectives]:
-    """What the pipelines that fit do, but for those that another beats; sorted."""
+def brute_force(question: Question, *, may_stream: bool = False) -> list[Objectives]:
+    """What the pipelines that fit do, but for those that another beats; sorted.
+
+    With `may_stream`, where none fits, those that do with the fewest blocks on disk.
+    """
+    found = _all_that_fit(question, streams=False)
+    if not found and may_stream:
+        found = _all_that_fit(question, streams=True)
+    return sorted(point for point in found if not any(_beats(other, point) for other in found))
+
+
+def _all_that_fit(question: Question, *, streams: bool) -> set[Objectives]:
     devices = {one.peer_id: one for one in question.devices}
     network = Network(question.links)
     found: set[Objectives] = set()
-    for stages in every_pipeline(question):
+    for pipeline in every_pipeline(question):
+        stages = _streaming(pipeline, question, devices) if streams else pipeline
         hubs = [stage.hub for stage in stages]
         codecs = codecs_for(
             hubs, question.layout, network.link, question.request, head=question.head
@@ -100,7 +111,28 @@ def brute_force(question: Question) -> list[Objectives]:
             continue
         if not misfits(terms, devices):
             found.add(terms.prediction().objectives)
-    return sorted(point for point in found if not any(_beats(other, point) for other in found))
+    return found
+
+
+def _streaming(
+    stages: tuple[StagePlan, ...], question: Question, devices: dict[str, DeviceProfile]
+) -> tuple[StagePlan, ...]:
+    """The stages with as many blocks of each member on disk as it needs, or all."""
+    head = question.head or stages[0].hub
+    made = []
+    for stage in stages:
+        members = list(stage.members)
+        for idx, member in enumerate(stage.members):
+            for n_blocks in range(stage.span.n_blocks + 1):
+                members[idx] = replace(member, streamed_blocks=n_blocks)
+                tried = replace(stage, members=tuple(members))
+                n_bytes = held_bytes(
+                    question.layout, tried, idx, question.request, is_head=member.peer_id == head
+                )
+                if n_bytes <= devices[member.peer_id].memory_bytes:
+                    break
+        made.append(replace(stage, members=tuple(members)))
+    return tuple(made)
 
 
 def _beats(one: Objectives, other: Objectives) -> bool:

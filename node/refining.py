@@ -30,10 +30,10 @@ from covey.partition.speed import PREFILL_DEPTH_SHARE, block_step_s, prefill_s
 from .engine.measure import rising
 
 LOOK_S = 5.0
-PUBLISH_EVERY_S = 60.0
+PUBLISH_EVERY_S = 30.0
 NOTABLE = 0.1
 FORGET_S = 3600.0  # without a step
-WEIGHT = 0.3  # of a new sample in the moving average
+WEIGHT = 0.3  # of a new sample in the moving average, once there are a few
 SAMPLE_STEPS = 16  # decode steps that one sample is the median of; prefill chunks are longer
 SAMPLE_CHUNKS = 3
 MIN_CHUNK = 16  # rows; fewer are neither decode nor prefill
@@ -61,6 +61,7 @@ class Refinement:
     base: DeviceProfile
     factors: dict[int, float] = field(default_factory=dict)  # by batch; `_PREFILL`
     _samples: dict[int, list[float]] = field(default_factory=dict)
+    _n_samples: dict[int, int] = field(default_factory=dict)
 
     def add(self, timing: Timing) -> None:
         """Take a batch into account, if its kind was measured."""
@@ -72,7 +73,12 @@ class Refinement:
         if len(samples) >= (SAMPLE_CHUNKS if kind == _PREFILL else SAMPLE_STEPS):
             sample = min(max(median(samples), LOWEST), HIGHEST)
             known = self.factors.get(kind, 1.0)
-            self.factors[kind] = known + WEIGHT * (sample - known)
+            n_before = self._n_samples.get(kind, 0)
+            # Of the first ones the plain mean: what was measured at the start, when nodes are
+            # busiest, is not to hold them back.
+            weight = max(WEIGHT, 1 / (n_before + 1))
+            self.factors[kind] = known + weight * (sample - known)
+            self._n_samples[kind] = n_before + 1
             samples.clear()
 
     def profile(self) -> DeviceProfile:
@@ -99,6 +105,12 @@ class Refinement:
                 for n_tokens, seconds in base.prefill_s_per_block
             ),
         )
+
+    def forget(self) -> None:
+        """What was seen until now was long ago."""
+        self.factors.clear()
+        self._samples.clear()
+        self._n_samples.clear()
 
     def differs(self, published: dict[int, float]) -> bool:
         """Whether a factor is another than the published ones by more than noise."""
@@ -173,7 +185,7 @@ class Refining:
         is_changed = False
         for digest, refinement in self._models.items():
             if now - self._used_at[digest] > FORGET_S:
-                refinement.factors.clear()
+                refinement.forget()
             is_changed |= self._refine(digest, refinement, now)
         if is_changed:
             self._publish()

@@ -400,17 +400,7 @@ class Node:
         routes = self.planning.routes(model.digest)
         if not routes:
             raise NotReady(name, self.planning.why_not(model.digest))
-        return model, min(routes, key=self._how_taken)
-
-    def _how_taken(self, route: Route) -> tuple[int, int, bool, int]:
-        """Of several pipelines, the least is for the next session."""
-        linked = self.mesh.peers.keys() | {self.peer_id}
-        return (
-            len(set(route.peers) - linked),
-            sum(session.route is route for session in self.pipelines),
-            route.peers[0] != self.peer_id,  # nothing in front of its first stage
-            route.pipeline_idx,
-        )
+        return model, self.pipelines.pick(routes, self.mesh.peers.keys() | {self.peer_id})
 
 
 @asynccontextmanager

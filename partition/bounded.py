@@ -177,11 +177,25 @@ class _Local:
         able = (caps.min(axis=1) > 0) & (caps.sum(axis=1) >= instance.n_blocks)
         able &= units.shape[1] <= instance.n_blocks
         units, caps = units[able], caps[able]
-        n = filled(self._block_s[units], caps, instance.n_blocks)
+        n = self._filled(units, caps)
         fixed = instance.head_idx
         head = instance.hub[units[:, 0]] if fixed is None else np.full(len(units), fixed)
         chains = Chains(units, head, n)
         return chains.take(fits(instance, chains))
+
+    def _filled(self, units: Ints, caps: Ints) -> Ints:
+        """The cheapest units filled; and where memory is short, the fastest disks with the rest."""
+        instance = self._instance
+        held = np.clip(instance.resident[units], 1, caps)
+        is_short = held.sum(axis=1) < instance.n_blocks
+        n = np.empty_like(caps)
+        for short, limits in ((False, held), (True, caps)):
+            rows = np.flatnonzero(is_short == short)
+            costs = instance.read_block_s[units] if short else self._block_s[units]
+            least = held[rows] if short else np.ones_like(held[rows])
+            left = instance.n_blocks - least.sum(axis=1) + least.shape[1]
+            n[rows] = least - 1 + filled(costs[rows], limits[rows] - least + 1, left)
+        return n
 
     def _moves(self, chain: Way) -> Iterator[Way]:
         k = len(chain)
@@ -229,6 +243,7 @@ def least_balanced(instance: Instance) -> float:
     bounds = [_least_alone(instance)]
     low_s, high_s = _range_s(instance)
     limits = np.append(np.geomspace(low_s, max(high_s, low_s * 1.0001), _STEPS), np.inf)
+    reads_s = _least_reads_s(instance)
     for j, batch in enumerate(instance.batches):
         fixed_s, decode_s = instance.overhead_s, instance.decode_s[:, j]
         caps = np.stack(
@@ -239,11 +254,19 @@ def least_balanced(instance: Instance) -> float:
                 for limit in limits[1:]
             ]
         )
-        latency_s = _least_sum(instance, caps, *_latency_parts(instance))
-        cycle_s = _least_sum(instance, caps, *_cycle_parts(instance, j))
+        latency_s = np.maximum(_least_sum(instance, caps, *_latency_parts(instance)), reads_s)
+        cycle_s = np.maximum(_least_sum(instance, caps, *_cycle_parts(instance, j)), reads_s)
         full_s = np.maximum(limits[:-1], cycle_s / instance.n_sessions)
         bounds.append(float(np.sqrt(latency_s * full_s).min()))
     return min(bounds) * (1 - 1e-9)
+
+
+def _least_reads_s(instance: Instance) -> float:
+    """What disks take for each token in any plan, at least: for what fits into no memory."""
+    is_in = instance.mask[:, None] >> np.arange(instance.n_devices) & 1  # [u, d]
+    held = instance.resident / is_in.sum(axis=1)
+    most = (is_in * held[:, None]).max(axis=0).sum()
+    return max(0.0, instance.n_blocks - float(most)) * float(instance.read_block_s.min())
 
 
 def _least_alone(instance: Instance) -> float:

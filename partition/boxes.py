@@ -26,8 +26,10 @@ from .chains import Chains, Found, fits
 from .filling import caps_within, filled
 from .instance import Bools, Floats, Instance, Ints
 from .labels import BlockLabels, Rows
+from .speed import GRID_S
 
 _SLICE = 1 << 16  # boxes in one go
+NEAR = 2.0  # upper over lower end of small boxes that are finished together
 COARSE = 1.15  # upper over lower end of a box from which on heads and ways are told apart
 
 
@@ -136,9 +138,9 @@ class BoxSearch:
         return joined(again), joined(small or again[:1]), sum(part.n_boxes for part in again)
 
     def finish(self, boxes: Boxes, *, max_labels: int) -> int:
-        """Cut single values in all ways worth having; the labels made for it."""
+        """Cut what falls in the boxes in all ways worth having; the labels made for it."""
         n_made = 0
-        for part in boxes.sliced():
+        for part in _merged(boxes).sliced():
             looked = self._kept(self._look(part))
             if not looked.boxes.n_boxes:
                 continue
@@ -196,10 +198,11 @@ class BoxSearch:
         instance, units = self._instance, cases.units
         rows, j = np.arange(boxes.n_boxes), boxes.batch_idx
         overhead_s = instance.overhead_s[units].sum(axis=1)
+        reads_s = instance.least_reads_s(units, instance.n_blocks)
 
         def least_s(per_block_s: Floats) -> Floats:
             n = filled(per_block_s, caps, instance.n_blocks)
-            total: Floats = (n * per_block_s).sum(axis=1) + overhead_s
+            total: Floats = np.maximum((n * per_block_s).sum(axis=1) + overhead_s, reads_s)
             return total
 
         decode_s = instance.decode_s[units]
@@ -252,6 +255,24 @@ def _drawn_in(
     least_s = np.maximum(next_s.min(axis=1), ((fixed_s + per_block_s) / batch).max(axis=1))
     most_s = ((fixed_s + caps * per_block_s) / batch).max(axis=1)
     return np.stack([least_s, most_s])
+
+
+def _merged(boxes: Boxes) -> Boxes:
+    """Boxes of one case and batch as one where they are near each other, so that labels are made
+    once for them."""
+    near = [
+        np.floor(np.log(np.clip(ends_s[1], GRID_S, 1 / GRID_S)) / np.log(NEAR)).astype(np.int64)
+        for ends_s in (boxes.busy, boxes.slow)
+    ]
+    keys, which = np.unique(
+        np.stack([boxes.case, boxes.batch_idx, *near]), axis=1, return_inverse=True
+    )
+    ends_s = np.zeros((2, 2, keys.shape[1]))
+    ends_s[:, 0] = np.inf
+    for merged_s, each_s in zip(ends_s, (boxes.busy, boxes.slow), strict=True):
+        np.minimum.at(merged_s[0], which, each_s[0])
+        np.maximum.at(merged_s[1], which, each_s[1])
+    return Boxes(keys[0], keys[1], ends_s[0], ends_s[1])
 
 
 def _halved(boxes: Boxes) -> list[Boxes]:

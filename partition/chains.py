@@ -48,7 +48,9 @@ def objectives(instance: Instance, chains: Chains) -> Floats:
     back_s = instance.latency_s[hubs[:, -1], head]
     back_wire_s = instance.wire_s[hubs[:, -1], head, -1]
     overhead_s = instance.overhead_s[units]
-    chunks_s = overhead_s + n * instance.chunk_s[units]
+    is_first = np.arange(n.shape[1]) == 0
+    read_s = instance.reads(units, cuts, n, is_first=is_first)
+    chunks_s = np.maximum(overhead_s + n * instance.chunk_s[units], read_s)
     slowest_s = np.maximum(chunks_s.max(axis=1), chunk_wire_s.max(axis=1))
     ttft_s = (
         instance.round_trip_s[head[:, None], hubs].max(axis=1)
@@ -63,7 +65,7 @@ def objectives(instance: Instance, chains: Chains) -> Floats:
     busiest_wire_s = np.maximum(wire_s.max(axis=1), back_wire_s)
     tpot_s = full_s = np.full(len(head), np.inf)
     for j, batch in enumerate(instance.batches):
-        steps_s = overhead_s + n * instance.decode_s[units, j]
+        steps_s = np.maximum(overhead_s + n * instance.decode_s[units, j], read_s)
         head_s = instance.head_s[head, j]
         hops_s = (latency_s + batch * wire_s).sum(axis=1) + (back_s + batch * back_wire_s)
         cycle_s = head_s + steps_s.sum(axis=1) + hops_s

@@ -14,6 +14,9 @@ from .tours import Tours, tours_of
 from .unit_sets import UnitSets, unit_sets
 
 MAX_SETS = 400_000  # of units
+# Where a part streams no box tells which spreads are worth having:
+MAX_STREAMING_SETS = 4_000
+MAX_STREAMING_LABELS = 2_000_000
 _SLIVER = 1 - 1e-9  # of a bound that is worked out in floats and not on the grid
 
 
@@ -25,13 +28,13 @@ def search_exact(instance: Instance, found: Found, *, max_effort: int) -> bool:
         found: may know something already.
         max_effort: boxes and labels to make before giving up.
     """
-    sets = unit_sets(instance, max_sets=MAX_SETS)
+    streams = instance.read_s is not None
+    sets = unit_sets(instance, max_sets=MAX_STREAMING_SETS if streams else MAX_SETS)
     if sets is None:
         return False
     if not instance.is_uniform:
         return _by_orders(instance, found, sets, max_effort)
     left = max_effort
-    is_whole = True
     tours = tours_of(
         instance,
         least_busy_s=least_busy_s(instance),
@@ -40,8 +43,9 @@ def search_exact(instance: Instance, found: Found, *, max_effort: int) -> bool:
     )
     for of_size, ways in zip(sets, tours, strict=False):
         left -= _Sized(instance, found, of_size, ways).run(left)
-        is_whole &= left >= 0
-    return is_whole
+        if left < 0:
+            return False
+    return True
 
 
 class _Sized:
@@ -70,6 +74,10 @@ class _Sized:
             least_busy_s=least_busy_s(instance),
             least_slow_s=least_chunk_s(instance) if instance.n_chunks > 1 else 0.0,
         )
+        if instance.read_s is not None:  # reading leaps, so filling the cheapest is not best
+            cases, boxes = self._fine_cases(boxes)
+            fine = BoxSearch(instance, self._found, cases, is_coarse=False)
+            return fine.finish(boxes, max_labels=min(max_effort, MAX_STREAMING_LABELS))
         small = [boxes.take(np.empty(0, dtype=np.int64))]
         while boxes.n_boxes and effort <= max_effort:
             boxes, done, n_new = coarse.step(boxes)

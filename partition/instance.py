@@ -16,6 +16,7 @@ import numpy.typing as npt
 from .codecs import codec_for
 from .cost import Network, head_steps_s, token_bytes_at
 from .profile import STEP_BATCHES, DeviceProfile, ModelLayout, Workload
+from .rooms import Resident, Streaming
 from .speed import block_steps_s, chunk_s_per_block
 from .units import Unit, has_all_groups, units_of
 
@@ -49,6 +50,8 @@ class Instance:
     round_trip_s: Floats  # [d, e] of a short message; 0: no link
     wire_s: Floats  # [d, e, b] of one token, cut in front of b
     chunk_wire_s: Floats  # [d, e, b]
+    #: [u, 2, start, n], as `Room.read_s`; None: everything is in memory.
+    read_s: Floats | None
 
     @property
     def n_devices(self) -> int:
@@ -86,7 +89,42 @@ class Instance:
         caps = self.caps[0][:, None]
         has_even_room = (self.ends == np.minimum(blocks + caps, self.n_blocks)).all()
         has_even_wire = (self.wire_s == self.wire_s[:, :, -1:]).all()
-        return bool(has_even_room and has_even_wire)
+        has_even_disks = self.read_s is None or self.read_s.shape[2] == 1
+        return bool(has_even_room and has_even_wire and has_even_disks)
+
+    @cached_property
+    def resident(self) -> Ints:
+        """[u]: blocks that a unit holds in memory, at its best place."""
+        if self.read_s is None:
+            return self.caps[0]
+        held = (self.read_s == 0.0).any(axis=(1, 2)).cumprod(axis=1).sum(axis=1) - 1
+        resident: Ints = np.minimum(held, self.caps[0])
+        return resident
+
+    @cached_property
+    def read_block_s(self) -> Floats:
+        """[u]: what each block beyond those takes the disk for a step, at least."""
+        if self.read_s is None:
+            return np.zeros(len(self.units))
+        beyond = np.arange(self.n_blocks + 1) - self.resident[:, None]  # [u, n]
+        may = (beyond > 0) & (np.arange(self.n_blocks + 1) <= self.caps[0][:, None])
+        least_s = np.where(self.read_s > 0.0, self.read_s, np.inf).min(axis=(1, 2))
+        per_block_s = np.where(may, least_s / np.maximum(beyond, 1), np.inf).min(axis=1)
+        return np.where(np.isfinite(per_block_s), per_block_s, 0.0)
+
+    def least_reads_s(self, units: Ints, n_blocks: Ints | int) -> Floats:
+        """[r]: what units [r, k] read for each step, all together, at least."""
+        short = np.maximum(n_blocks - self.resident[units].sum(axis=1), 0)
+        least: Floats = short * self.read_block_s[units].min(axis=1)
+        return least
+
+    def reads(self, units: Ints, starts: Ints, n: Ints, *, is_first: Ints | bool) -> Floats | float:
+        """How long each step of a stage reads, element by element."""
+        if self.read_s is None:
+            return 0.0
+        at = starts if self.read_s.shape[2] > 1 else 0
+        found: Floats = self.read_s[units, np.asarray(is_first, dtype=np.int64), at, n]
+        return found
 
 
 def build_instance(
@@ -98,9 +136,12 @@ def build_instance(
     head: str | None,
     index_pattern: str | None,
     max_members: int,
+    streams: bool = False,
 ) -> Instance:
-    """Fill the tables."""
-    found = units_of(layout, devices, network, request, max_members=max_members, head=head)
+    """Fill the tables; with `streams`, spans may be larger than memory."""
+    rooms = (Streaming if streams else Resident)(layout, request, head)
+    found = units_of(layout, devices, network, request, max_members=max_members, rooms=rooms)
+    reads = [room.read_s for _, room in found if room.read_s is not None]
     units = [unit for unit, _ in found]
     peers = [device.peer_id for device in devices]
     n_batches = sum(batch <= request.n_sessions for batch in STEP_BATCHES)
@@ -124,6 +165,7 @@ def build_instance(
         round_trip_s=np.array([[network.round_trip_s(d, e) for e in peers] for d in peers]),
         wire_s=wire_s,
         chunk_wire_s=chunk_wire_s,
+        read_s=np.stack(reads) if reads else None,
     )
 
 

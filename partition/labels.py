@@ -129,15 +129,15 @@ class BlockLabels:
         wire_s = instance.wire_s[sender, hub, block]
         chunk_wire_s = instance.chunk_wire_s[sender, hub, block]
         overhead_s = instance.overhead_s[unit]
-        chunk_s = overhead_s + n * instance.chunk_s[unit]
-        step_s = overhead_s + n * instance.decode_s[unit, j]
+        read_s = instance.reads(unit, block, n, is_first=i == 0)
+        chunk_s = np.maximum(overhead_s + n * instance.chunk_s[unit], read_s)
+        step_s = np.maximum(overhead_s + n * instance.decode_s[unit, j], read_s)
+        token_s = np.maximum(overhead_s + n * instance.decode_s[unit, 0], read_s)
         is_head = instance.mask[unit] >> head & 1
         busy_s = np.maximum(wire_s, (step_s + is_head * instance.head_s[head, j]) / batch)
         cost = np.stack(
             [
-                labels.cost[0]
-                + (latency_s + wire_s)
-                + (overhead_s + n * instance.decode_s[unit, 0]),
+                labels.cost[0] + (latency_s + wire_s) + token_s,
                 labels.cost[1] + (latency_s + chunk_wire_s) + chunk_s,
                 labels.cost[2] + (latency_s + batch * wire_s) + step_s,
                 np.maximum(labels.cost[3], np.maximum(chunk_wire_s, chunk_s)),
@@ -155,6 +155,7 @@ class BlockLabels:
         left = instance.n_blocks - labels.block
         sums_s = labels.cost[:3] + rest_s[:, row]
         if later.shape[1]:
+            hops_s = sums_s - instance.overhead_s[later].sum(axis=1)
             caps = rows.caps[row, i + 1 :]
             for entry, per_block_s in enumerate(
                 (
@@ -165,6 +166,8 @@ class BlockLabels:
             ):
                 n = filled(per_block_s, caps, left)
                 sums_s[entry] += (n * per_block_s).sum(axis=1)
+            if instance.read_s is not None:  # a step takes no less than its disk does
+                sums_s = np.maximum(sums_s, hops_s + instance.least_reads_s(later, left))
         ttft_s = sums_s[1] + (instance.n_chunks - 1) * labels.cost[3]
         full_s = np.maximum(labels.cost[4], sums_s[2] / instance.n_sessions)
         kept = np.flatnonzero(~self._found.dominates(np.stack([ttft_s, sums_s[0], full_s])))

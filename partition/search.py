@@ -19,10 +19,11 @@ from .dominance import front_of
 from .errors import InvalidPlan
 from .exact import search_exact
 from .instance import Instance, build_instance
-from .plan import Pipeline, Prediction, StagePlan, check_index_pattern
+from .plan import Member, Pipeline, Prediction, Span, StagePlan, check_index_pattern
 from .profile import DeviceProfile, LinkProfile, ModelLayout, Workload
+from .rooms import Resident, Streaming
 from .scope import Scope
-from .shortfall import infeasible, reserved, span_ends, why_no_single
+from .shortfall import infeasible, why_no_single
 
 EXACT_DEVICES = 12
 MAX_DEVICES = 64  # considered at all, the fastest first; a set of devices is a 64-bit number
@@ -85,23 +86,13 @@ def pareto_front(
         check_index_pattern(index_pattern, layout.n_blocks)
     ordered, everyone = _considered(layout, devices, head)
     if not ordered:
-        raise infeasible(layout, ordered, request, head)
+        raise infeasible(layout, ordered, request, head, may_stream=scope.may_stream)
     question = _Question(layout, ordered, Network(links), request, head, index_pattern)
-    instance = build_instance(
-        layout,
-        ordered,
-        question.network,
-        request=request,
-        head=head,
-        index_pattern=index_pattern,
-        max_members=scope.max_members,
-    )
-    found = Found(instance)
-    exact = _search(instance, found)
-    points = [question.candidate(_stages_of(chain, instance)) for _, chain in found.front]
+    instance, found, exact = question.searched(scope)
+    points = [question.candidate(question.stages_of(chain, instance)) for _, chain in found.front]
     if not points:
-        raise infeasible(layout, ordered, request, head)
-    singles = question.singles()
+        raise infeasible(layout, ordered, request, head, may_stream=scope.may_stream)
+    singles = question.singles(streams=instance.read_s is not None)
     return Front(
         points=_best(points),
         best_single=min(
@@ -157,20 +148,61 @@ class _Question:
         pipeline = Pipeline.of(stages, codecs=codecs, index_pattern=self.index_pattern)
         return Candidate(pipelines=(pipeline,), prediction=terms.prediction())
 
-    def singles(self) -> list[Candidate]:
-        """Each device that can run the model on its own."""
-        layout, head = self.layout, self.head
-        return [
-            self.candidate((StagePlan.alone(device.peer_id, 0, layout.n_blocks),))
-            for device in self.devices
-            if self._holds_all(device)
-            and (head is None or device.peer_id == head or self.network.link(head, device.peer_id))
-        ]
+    def searched(self, scope: Scope) -> tuple[Instance, Found, bool]:
+        """Everything in memory; or, where no plan is that way, with what must from disk."""
+        instance, found, exact = self._searched(scope, streams=False)
+        if not found.front and scope.may_stream:
+            return self._searched(scope, streams=True)
+        return instance, found, exact
 
-    def _holds_all(self, device: DeviceProfile) -> bool:
-        layout, request = self.layout, self.request
-        head_weights = reserved(layout, device, self.head)
-        return span_ends(layout, device, request, reserved=head_weights)[0] == layout.n_blocks
+    def _searched(self, scope: Scope, *, streams: bool) -> tuple[Instance, Found, bool]:
+        instance = build_instance(
+            self.layout,
+            self.devices,
+            self.network,
+            request=self.request,
+            head=self.head,
+            index_pattern=self.index_pattern,
+            max_members=scope.max_members,
+            streams=streams,
+        )
+        found = Found(instance)
+        return instance, found, _search(instance, found)
+
+    def stages_of(self, chain: Chain, instance: Instance) -> tuple[StagePlan, ...]:
+        """A chain with its members, their shares, and how much of them streams."""
+        stages, start = [], 0
+        head = self.devices[chain.head].peer_id
+        streaming = (
+            Streaming(self.layout, self.request, head) if instance.read_s is not None else None
+        )
+        for number, n_blocks in zip(chain.units, chain.n_blocks, strict=True):
+            unit, span = instance.units[number], Span(start, start + n_blocks)
+            streamed = None
+            if streaming is not None:
+                devices = [self.devices[idx] for idx in unit.devices]
+                streamed = streaming.streamed(unit.members, devices, span)
+            stages.append(unit.stage(span, streamed))
+            start = span.end
+        return tuple(stages)
+
+    def singles(self, *, streams: bool) -> list[Candidate]:
+        """Each device that can run the model on its own."""
+        rooms = (Streaming if streams else Resident)(self.layout, self.request, self.head)
+        found = []
+        for device in self.devices:
+            members, whole = (Member(device.peer_id),), Span(0, self.layout.n_blocks)
+            is_linked = self.head in (None, device.peer_id) or self.network.link(
+                self.head or "", device.peer_id
+            )
+            if is_linked and rooms.of(members, [device], 0).head_ends[0] == whole.end:
+                streamed: tuple[int, ...] = (0,)
+                if streams:
+                    streaming = Streaming(self.layout, self.request, self.head or device.peer_id)
+                    streamed = streaming.streamed(members, [device], whole)
+                alone = StagePlan.alone(device.peer_id, 0, whole.end, streamed_blocks=streamed[0])
+                found.append(self.candidate((alone,)))
+        return found
 
 
 def _best(found: list[Candidate]) -> tuple[Candidate, ...]:
@@ -195,11 +227,3 @@ def _considered(
     )
     considered = sorted(fastest[:MAX_DEVICES], key=lambda one: one.peer_id)
     return considered, len(given) <= MAX_DEVICES
-
-
-def _stages_of(chain: Chain, instance: Instance) -> tuple[StagePlan, ...]:
-    stages, start = [], 0
-    for unit, n_blocks in zip(chain.units, chain.n_blocks, strict=True):
-        stages.append(instance.units[unit].stage(start, start + n_blocks))
-        start += n_blocks
-    return tuple(stages)

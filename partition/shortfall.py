@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from .errors import PlanInfeasible
-from .memory import block_cap, head_bytes, kv_bytes_per_block, stage_bytes
+from .memory import WINDOW_BLOCKS, block_cap, head_bytes, kv_bytes_per_block, stage_bytes
 from .plan import Span
 from .profile import DeviceProfile, ModelLayout, Workload
 
@@ -18,9 +18,17 @@ LEAST_CONTEXT = 256  # tokens of a session; with less there is nothing to plan f
 
 
 def infeasible(
-    layout: ModelLayout, devices: Sequence[DeviceProfile], request: Workload, head: str | None
+    layout: ModelLayout,
+    devices: Sequence[DeviceProfile],
+    request: Workload,
+    head: str | None,
+    *,
+    may_stream: bool = False,
 ) -> PlanInfeasible:
-    """What is missing: devices, room or links. There is no plan, the caller has found."""
+    """What is missing: devices, room or links. There is no plan, the caller has found.
+
+    With `may_stream`, weights may come from disk, which asks for less.
+    """
     everything = stage_bytes(layout, Span(0, layout.n_blocks), request, is_head=True)
     if not devices:
         return PlanInfeasible(
@@ -40,7 +48,13 @@ def infeasible(
         block_bytes = max(layout.block_bytes) + kv_bytes_per_block(layout, request)
         missing_bytes = max(missing_bytes, missing_blocks * block_bytes)
     if missing_blocks or missing_bytes:
-        ways = "; or ".join(_remedies(layout, devices, request, head, missing_bytes))
+        remedies = _remedies(layout, devices, request, head, missing_bytes)
+        if may_stream:
+            enough = streaming_bytes(layout, request)
+            remedies.append(
+                f"give one device {_mb(enough)}, which then reads weights from its disk"
+            )
+        ways = "; or ".join(remedies)
         return PlanInfeasible(
             f"the devices hold {min(room, layout.n_blocks)} of {layout.n_blocks} blocks and lack "
             f"{_mb(missing_bytes)}: {ways}",
@@ -51,6 +65,13 @@ def infeasible(
         "there is room for every block, but no chain of linked devices fits them; connect the "
         "devices that have room, or give more with --memory or --max-blocks"
     )
+
+
+def streaming_bytes(layout: ModelLayout, request: Workload) -> int:
+    """Memory with which one device runs the model, as many blocks from disk as there can be."""
+    passing = sum(sorted(layout.block_bytes)[-WINDOW_BLOCKS:])
+    kv_bytes = layout.n_blocks * kv_bytes_per_block(layout, request)
+    return passing + kv_bytes + head_bytes(layout)
 
 
 def why_no_single(

@@ -17,16 +17,14 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-import numpy.typing as npt
 
 from .group import SUM_CODEC, group_term
-from .memory import block_cap, head_bytes, kv_bytes_per_block, weight_share
+from .memory import block_cap
 from .network import Network
 from .plan import Member, Span, StagePlan
 from .profile import DeviceProfile, ModelLayout, Workload
+from .rooms import Room, Rooms
 from .speed import Steps, block_step_s, block_steps_s, chunk_s_per_block, step_overhead_s
-
-Ints = npt.NDArray[np.int64]
 
 ALL_GROUPS_OF = 8  # devices; of more not every group is looked at, see `_likely`
 
@@ -53,23 +51,15 @@ class Unit:
         """A bit for each device."""
         return sum(1 << device for device in self.devices)
 
-    def stage(self, start: int, end: int, streamed: Sequence[int] | None = None) -> StagePlan:
-        """The stage that runs blocks `[start, end)`; `streamed` blocks of each member, if any."""
+    def stage(self, span: Span, streamed: Sequence[int] | None = None) -> StagePlan:
+        """The stage that runs a span, `streamed` blocks of it from each member's disk, if any."""
         members = self.members
         if streamed is not None and any(streamed):
             members = tuple(
                 Member(one.peer_id, one.kv_heads, one.mlp_columns, n_blocks)
                 for one, n_blocks in zip(members, streamed, strict=True)
             )
-        return StagePlan(Span(start, end), members, self.hub_idx, self.sum_codec)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Room:
-    """How far a span of a unit may reach, for each block that it could start at."""
-
-    ends: Ints  # [n_blocks + 1]
-    head_ends: Ints  # the same where the unit's hub is the head because it comes first
+        return StagePlan(span, members, self.hub_idx, self.sum_codec)
 
 
 def units_of(
@@ -79,25 +69,24 @@ def units_of(
     request: Workload,
     *,
     max_members: int,
-    head: str | None,
+    rooms: Rooms,
 ) -> list[tuple[Unit, Room]]:
     """Every unit worth having, single devices first; `devices` in order of peer id."""
-    rooms = Rooms(layout, devices, request, head)
-    found = [(unit, rooms.of(unit)) for unit in _singles(devices, request)]
     blocks = np.arange(layout.n_blocks + 1)
-    kept = [one for one in found if (one[1].ends > blocks).any()]
-    if layout.can_split:
-        for n_members in range(2, min(max_members, len(devices)) + 1):
-            groups = [
-                (unit, rooms.of(unit))
-                for unit in _groups(layout, devices, network, request, n_members)
-            ]
-            kept += [
-                one
-                for one in groups
-                if (one[1].ends > blocks).any()
-                and not any(_is_no_worse(other, one) for other in kept)
-            ]
+    kept: list[tuple[Unit, Room]] = []
+    sizes = range(1, min(max_members, len(devices)) + 1) if layout.can_split else (1,)
+    for n_members in sizes:
+        new = []
+        for unit in (
+            _singles(devices, request)
+            if n_members == 1
+            else _groups(layout, devices, network, request, n_members)
+        ):
+            room = rooms.of(unit.members, [devices[idx] for idx in unit.devices], unit.hub_idx)
+            one = (unit, room)
+            if (room.ends > blocks).any() and not any(_is_no_worse(other, one) for other in kept):
+                new.append(one)
+        kept += new
     return kept
 
 
@@ -193,50 +182,9 @@ def _is_no_worse(one: tuple[Unit, Room], other: tuple[Unit, Room]) -> bool:
         and all(mine <= its for mine, its in zip(unit.decode_s, than.decode_s, strict=True))
         and bool((room.ends >= than_room.ends).all())
         and bool((room.head_ends >= than_room.head_ends).all())
+        and (
+            room.read_s is None
+            or than_room.read_s is None
+            or bool((room.read_s <= than_room.read_s).all())
+        )
     )
-
-
-class Rooms:
-    """Works out how far spans may reach; a model's sizes are added up once for all units."""
-
-    def __init__(
-        self,
-        layout: ModelLayout,
-        devices: Sequence[DeviceProfile],
-        request: Workload,
-        head: str | None,
-    ) -> None:
-        """`head` is a peer that keeps the head's weights whatever it runs; None: the first hub."""
-        self._layout, self._devices, self._request, self._head = layout, devices, request, head
-        total = np.concatenate([[0], np.cumsum(layout.block_bytes)])
-        self._bytes = total[None, :] - total[:, None]  # [start, end]
-        blocks = np.arange(layout.n_blocks + 1)
-        self._n_blocks = blocks[None, :] - blocks[:, None]
-
-    def of(self, unit: Unit) -> Room:
-        """The room of one unit, everything resident."""
-        reserved = [
-            head_bytes(self._layout) if member.peer_id == self._head else 0
-            for member in unit.members
-        ]
-        ends = self._ends(unit, reserved)
-        if self._head is None:
-            reserved[unit.hub_idx] = head_bytes(self._layout)
-            return Room(ends=ends, head_ends=self._ends(unit, reserved))
-        return Room(ends=ends, head_ends=ends)
-
-    def _ends(self, unit: Unit, reserved: Sequence[int]) -> Ints:
-        layout, blocks = self._layout, self._n_blocks
-        fits = blocks >= 0
-        is_group = len(unit.devices) > 1
-        for device_idx, member, held in zip(unit.devices, unit.members, reserved, strict=True):
-            device = self._devices[device_idx]
-            share = weight_share(layout, member) if is_group else 1.0
-            kv_bytes = kv_bytes_per_block(layout, self._request, member if is_group else None)
-            taken = np.ceil(self._bytes * share) if is_group else self._bytes
-            fits &= taken + blocks * kv_bytes + held <= device.memory_bytes
-            fits &= blocks <= block_cap(device)
-        first = np.arange(layout.n_blocks + 1)
-        # Whatever is reserved, an empty span is where it starts.
-        ends: Ints = np.maximum(first + fits.sum(axis=1) - 1, first)
-        return ends

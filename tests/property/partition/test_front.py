@@ -71,6 +71,15 @@ def test_the_front_of_four_devices_is_what_brute_force_finds(seed: int) -> None:
     assert objectives_of(front_of(question)) == brute_force(question)
 
 
+@pytest.mark.parametrize("seed", range(6000, 6020))
+def test_where_memory_is_short_no_more_streams_than_brute_force_has_to(seed: int) -> None:
+    question, random = random_question(seed, max_devices=3, max_blocks=5), Random(seed)
+    short = tuple(replace(one, memory_bytes=random.randint(100, 600)) for one in question.devices)
+    question = replace(question, devices=short)
+    front = front_of(question, replace(PIPELINES, may_stream=True))
+    assert objectives_of(front) == brute_force(question, may_stream=True)
+
+
 @pytest.mark.parametrize("seed", range(2000, 2012))
 def test_boxes_find_what_trying_every_order_does(seed: int) -> None:
     question = random_question(seed, max_devices=5, max_blocks=16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from covey.partition.errors import InvalidPlan, PlanInfeasible
 from covey.partition.plan import border_bytes_per_token
 from covey.partition.profile import Workload
+from covey.partition.scope import CHAINS
 from covey.partition.search import Front, pareto_front
 from support.plans import device, layout, link, stages
 
@@ -85,13 +87,17 @@ def test_a_cut_in_front_of_a_full_block_is_preferred() -> None:
 
 def test_missing_blocks_and_bytes_are_told() -> None:
     with pytest.raises(PlanInfeasible, match="hold 3 of 4 blocks") as caught:
-        pareto_front(layout(4), [device("a", memory=250), device("b", memory=100)], [])
+        pareto_front(
+            layout(4), [device("a", memory=250), device("b", memory=100)], [], scope=CHAINS
+        )
     assert (caught.value.missing_blocks, caught.value.missing_bytes) == (1, 100)
 
 
 def test_missing_links_are_told() -> None:
     with pytest.raises(PlanInfeasible, match="no chain of linked devices") as caught:
-        pareto_front(layout(4), [device("a", memory=200), device("b", memory=200)], [])
+        pareto_front(
+            layout(4), [device("a", memory=200), device("b", memory=200)], [], scope=CHAINS
+        )
     assert (caught.value.missing_blocks, caught.value.missing_bytes) == (0, 0)
 
 
@@ -126,3 +132,40 @@ def test_more_devices_than_are_considered_still_give_a_front() -> None:
     front = pareto_front(layout(2), devices, [])
     assert spans(front) == [[("p00", 0, 2)]]
     assert not front.exact
+
+
+def test_weights_stream_only_where_no_plan_has_them_in_memory() -> None:
+    heavy = layout(8, block_bytes=(1000,) * 8)
+    small, large = device("a", memory=4000), device("b", memory=8000)
+    resident = pareto_front(heavy, [small, large], [])
+    assert [stage.members[0].streamed_blocks for stage in resident.points[0].stages] == [0]
+    streaming = pareto_front(heavy, [small], [])
+    (stage,) = streaming.points[0].stages
+    # Two blocks are held to read through, two stay: six stream.
+    assert stage.members[0].streamed_blocks == 6
+    assert streaming.points[0].prediction.memory_bytes == (("a", 4000),)
+    assert streaming.best_single == streaming.points[0]
+    with pytest.raises(PlanInfeasible, match="hold 4 of 8 blocks"):
+        pareto_front(heavy, [small], [], scope=CHAINS)
+
+
+def test_groups_are_of_one_engine() -> None:
+    model = replace(layout(4), n_kv_heads=4, mlp_columns=1024)
+    near = link("a", "b", rtt_s=0.0, bandwidth=1e12)
+    one, other = device("a"), device("b")
+    assert any(
+        stage.is_group for stage in pareto_front(model, [one, other], [near]).points[0].stages
+    )
+    other = replace(other, engine="native")
+    front = pareto_front(model, [one, other], [near])
+    assert not any(stage.is_group for point in front.points for stage in point.stages)
+
+
+def test_borders_get_the_codec_of_their_link() -> None:
+    devices = [device("a", memory=300), device("b", memory=300)]
+    fast = pareto_front(layout(4), devices, [link("a", "b", bandwidth=1e9)])
+    slow = pareto_front(layout(4), devices, [link("a", "b", bandwidth=1e4)])
+    assert {point.pipelines[0].codecs[1] for point in fast.points} == {"exact"}
+    assert {point.pipelines[0].codecs[1] for point in slow.points} == {"int4"}
+    # The first border joins the head with itself.
+    assert {point.pipelines[0].codecs[0] for point in slow.points} == {"exact"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from covey.partition.profile import Workload
-from covey.partition.shortfall import infeasible, why_no_single
+from covey.partition.shortfall import infeasible, streaming_bytes, why_no_single
 from support.plans import device, layout
 
 BIG = layout(4, block_bytes=(1_000_000,) * 4, head_weights=500_000)
@@ -53,3 +53,9 @@ def test_room_without_links_asks_for_links() -> None:
     error = infeasible(BIG, devices, ONE, None)
     assert (error.missing_blocks, error.missing_bytes) == (0, 0)
     assert "connect" in str(error)
+
+
+def test_where_weights_may_stream_the_memory_for_that_is_told() -> None:
+    error = infeasible(BIG, [device("a", memory=1_000_000)], ONE, None, may_stream=True)
+    assert str(error).endswith("or give one device 2 MB, which then reads weights from its disk")
+    assert streaming_bytes(BIG, ONE) == 2_500_000
