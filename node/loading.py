@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 Role = Literal["alone", "hub", "spoke"]
 
 FORM_AGAIN_S = 0.5  # between attempts to form a group
+DRAINED_S = 0.05  # between looks whether sessions of groups have ended
 FORM_ANEW_S = 4.0  # within a step, whose sessions wait for it
 
 
@@ -137,7 +138,7 @@ class Loading:
         keep = {plan.digest for plan in wanted}
         for digest, held in list(self._held.items()):
             is_ours = held.route.plan.model_digest == model.digest
-            if is_ours and digest not in keep and not self._node.server.sessions_of(digest):
+            if is_ours and digest not in keep and not self._is_in_use(held):
                 await self._unload(held)
         for plan in wanted:
             known = self._held.get(plan.digest)
@@ -149,6 +150,11 @@ class Loading:
                 and self._node.peer_id not in state.ready[plan.digest]
             ):
                 self._say_ready(known)
+
+    async def drained(self) -> None:
+        """Until no group needs a shard of ours for a session; the caller sets a deadline."""
+        while any(held.spoke is not None and held.spoke.is_in_use for held in self):  # noqa: ASYNC110
+            await asyncio.sleep(DRAINED_S)  # spokes hear of the end on threads of their own
 
     def withdraw(self) -> None:
         """Take back our word that parts are ready: the node is stopping."""
@@ -253,6 +259,11 @@ class Loading:
             held.group.give_up("its plan is over")
         self._unsay_ready(held)
         await self.groups.remove(digest)
+
+    def _is_in_use(self, held: Held) -> bool:
+        if held.spoke is not None:
+            return held.spoke.is_in_use
+        return self._node.server.sessions_of(held.route.digest) > 0
 
     def _taken_bytes(self) -> int:
         """Memory that all parts take now."""

@@ -270,6 +270,21 @@ async def test_what_is_no_longer_wanted_is_left(group: Group) -> None:
     await group.check(group.hub.server.stages[successor.digest].engine)
 
 
+async def test_a_shard_stays_while_a_session_of_the_group_needs_it(group: Group) -> None:
+    engine = await group.serve()
+    await group.hub.worker.run(lambda: engine.open_session("s", 4))
+    await group.spoke.step(group.model)
+    draining = asyncio.create_task(group.spoke.loading.drained())
+    done = await group.hub.worker.run(lambda: engine.forward("s", 0, HIDDEN[:1]))
+    assert done.value.shape == (1, TINY.hidden_size)
+    assert not draining.done()
+    await group.hub.worker.run(lambda: engine.close_session("s"))
+    async with asyncio.timeout(10.0):
+        await draining
+    await group.spoke.step(group.model)
+    assert not list(group.spoke.loading)
+
+
 async def test_only_the_hub_calls_a_group_together(group: Group) -> None:
     await group.spoke.step(group.model, group.plan)
     request = JoinGroup(plan=group.plan.digest, stage_idx=0, call=bytes(16))
