@@ -301,18 +301,18 @@ class Loading:
                 formed = await self._form(held)
             except TransportError as error:
                 logger.info("a group is not formed yet: %s", error)
+                self._unsay_ready(held)
                 await asyncio.sleep(FORM_AGAIN_S)
         group.use(formed.reduce)
         n_tokens = min(_kv_tokens(group.shard, held.kv_bytes), formed.kv_tokens)
         self._serve(held, group, n_tokens * group.kv_bytes_per_token)
 
     def _broken(self, held: Held) -> None:
-        """End its sessions, take back our word, and form it anew."""
+        """End its sessions and form it anew; our word stands unless that fails."""
         if not held.is_serving or self._held.get(held.route.digest) is not held:
             return
         held.is_serving = False
         self._node.server.remove(held.route.digest, ErrorCode.PEER_LOST)
-        self._unsay_ready(held)
         if held.group is not None:
             forming = self._form_until_it_serves(held, held.group)
             held.forming = self._tasks.spawn(forming, "form a group")

@@ -226,13 +226,24 @@ async def test_a_lane_that_is_lost_is_opened_again_within_the_step(group: Group)
 
 async def test_a_lost_peer_ends_the_service_until_the_group_is_formed_again(group: Group) -> None:
     engine = await group.serve()
+    digest, stages = group.plan.digest, group.hub.server.stages
+    before = stages[digest]
     group.hub.mesh.peers[group.spoke.peer_id].abort(LinkBroken("a test"))
+    await group.until(lambda: stages.get(digest) not in (None, before))
+    await group.check(stages[digest].engine)
+    assert stages[digest].engine is engine
+
+
+async def test_a_hub_that_cannot_form_its_group_takes_back_its_word(group: Group) -> None:
+    await group.serve()
+    await group.spoke.step(group.model)  # it has another plan now
+    with pytest.raises(GroupBroken):
+        await group.hub.compute(group.hub.server.stages[group.plan.digest].engine)
     await group.until(lambda: not group.hub.is_ready)
     assert not group.hub.server.stages
+    await group.spoke.step(group.model, group.plan)
     await group.check(await group.served())
     assert group.hub.is_ready
-    assert group.spoke.is_ready
-    assert engine is group.hub.held.group
 
 
 async def test_a_ring_is_made_where_links_are_measured(group: Group) -> None:
