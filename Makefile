@@ -126,6 +126,10 @@ bench-codecs: $(KERNELS)
 bench-allreduce: $(KERNELS)
 	$(BIN)/python -m benchmarks.bench_allreduce
 
+# A model of 2 GB under 600 MiB. Needs root and 6 GB of disk; installs accelerate at first use.
+bench-window: $(KERNELS)
+	$(BIN)/python -m benchmarks.bench_window
+
 build: $(KERNELS)
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist

@@ -30,6 +30,7 @@ from .observing import MAX_STEPS, SeenStep
 from .pipeline import Pipelines, PipelineSession, StepResult
 from .prefix import prefix_keys
 from .prompt import chat_tokens, prompt_tokens
+from .refining import Timings
 from .route import Route
 from .service import (
     Delta,
@@ -91,13 +92,14 @@ class Generator:
         context_tokens: int,
         max_sessions: int,
         observe: Observe = lambda *_: None,
+        timings: Timings | None = None,
     ) -> None:
         self.observe = observe
         self.find_route = find_route
         self.hold = hold
         self.pipelines = pipelines
         self.worker = worker
-        self.head_batches = HeadBatches(worker)
+        self.head_batches = HeadBatches(worker, deque(maxlen=0) if timings is None else timings)
         self.prefix_secret = secrets.token_bytes(32)
         self._context_tokens = context_tokens
         self._max_sessions = max_sessions

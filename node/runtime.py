@@ -184,6 +184,7 @@ class Node:
             context_tokens=config.context_tokens,
             max_sessions=config.max_sessions,
             observe=self.observing.saw,
+            timings=self.server.timings,
         )
         self._known = entry.known
         self.desk = Desk(self)
