@@ -113,8 +113,8 @@ class LinkMeter:
     async def _measure(self, peer_id: str) -> None:
         try:
             peer = await self._mesh.peer(peer_id)
-            if peer.busy and peer_id in self._profiles:
-                return  # a session needs the link more than we need the figure
+            if peer.is_needed and peer_id in self._profiles:
+                return  # a session, ours or the peer's, needs it more than we need the figure
             rtt_s, bandwidth = await peer.measure()
             self._losses[peer_id].skip(peer.packets)
             self._probed(

@@ -184,6 +184,7 @@ class Node:
             context_tokens=config.context_tokens,
             max_sessions=config.max_sessions,
             observe=self.observing.saw,
+            timings=self.server.timings,
         )
         self._known = entry.known
         self.desk = Desk(self)
@@ -264,6 +265,7 @@ class Node:
         with suppress(TimeoutError):
             async with asyncio.timeout_at(give_up_at):
                 await self.server.drained()
+                await self.planning.loading.drained()
         await self.pipelines.aclose()
         await self.server.aclose()
         await self.planning.loading.aclose()

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .chains import Chains, Found, fits
+from .chains import Chains, Sink, fits
 from .filling import caps_within, filled
 from .instance import Bools, Floats, Instance, Ints
 from .labels import BlockLabels, Rows
@@ -111,7 +111,7 @@ class _Looked:
 class BoxSearch:
     """Looks into boxes of one number of units."""
 
-    def __init__(self, instance: Instance, found: Found, cases: Cases, *, is_coarse: bool) -> None:
+    def __init__(self, instance: Instance, found: Sink, cases: Cases, *, is_coarse: bool) -> None:
         """What is found goes into `found`."""
         self._instance, self._found, self._cases = instance, found, cases
         self._is_coarse = is_coarse
@@ -164,7 +164,8 @@ class BoxSearch:
         return np.concatenate(parts, axis=1) if parts else np.empty((3, 0))
 
     def _kept(self, looked: _Looked) -> _Looked:
-        rows = np.flatnonzero(~self._found.dominates(looked.bound))
+        units = self._cases.units[looked.boxes.case]
+        rows = np.flatnonzero(~self._found.dominates(looked.bound, units))
         return _Looked(looked.boxes.take(rows), looked.bound[:, rows], looked.caps[rows])
 
     def _look(self, boxes: Boxes) -> _Looked:

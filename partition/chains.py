@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -23,6 +24,14 @@ class Chains:
     def take(self, rows: Ints | Bools) -> Chains:
         """Those of the rows."""
         return Chains(self.units[rows], self.head[rows], self.n_blocks[rows])
+
+    def one(self, row: int) -> Chain:
+        """That of one row."""
+        return Chain(
+            tuple(int(unit) for unit in self.units[row]),
+            int(self.head[row]),
+            tuple(int(n) for n in self.n_blocks[row]),
+        )
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -87,6 +96,17 @@ def fits(instance: Instance, chains: Chains) -> Bools:
     return held
 
 
+class Sink(Protocol):
+    """What a search looks for: it keeps what is worth having, and says what is not."""
+
+    def add(self, chains: Chains) -> None:
+        """Take in chains that fit."""
+
+    def dominates(self, bounds: Floats, units: Ints) -> Bools:
+        """[c]: is there something no worse than any chain of the units [c, k], in whatever order,
+        whose TTFT, TPOT and seconds per token are no less than `bounds` [3, c]."""
+
+
 class Found:
     """The front of all that was found so far."""
 
@@ -99,25 +119,22 @@ class Found:
     def add(self, chains: Chains) -> None:
         """Take in chains that fit; what is no better than what is known is forgotten."""
         points = objectives(self._instance, chains)
-        news = np.flatnonzero(np.isfinite(points).all(axis=0) & ~self.dominates(points))
+        is_new = ~self.dominates(points, chains.units)
+        news = np.flatnonzero(np.isfinite(points).all(axis=0) & is_new)
         if not len(news):
             return
         news = news[thin(np.zeros(len(news), dtype=np.int64), points[:, news])]
         found = list(self.front)
         for row in news[np.argsort(news, kind="stable")]:
             first, second, third = (float(value) for value in points[:, row])
-            chain = Chain(
-                tuple(int(unit) for unit in chains.units[row]),
-                int(chains.head[row]),
-                tuple(int(n) for n in chains.n_blocks[row]),
-            )
-            found.append(((first, second, third), chain))
+            found.append(((first, second, third), chains.one(int(row))))
         self.front = [found[i] for i in front_of([point for point, _ in found])]
         step = -(-len(self.front) // _MAX_COVER)
         self._cover = Cover(np.array([point for point, _ in self.front[::step]]))
 
-    def dominates(self, bounds: Floats) -> Bools:
-        """[c]: is something found no worse than each of `bounds` [3, c] in any entry."""
+    def dominates(self, bounds: Floats, units: Ints) -> Bools:
+        """As `Sink` has it."""
+        del units  # a front makes no difference between devices
         if self._cover is None:
             return np.zeros(bounds.shape[1], dtype=np.bool_)
         return self._cover.dominates(*bounds)

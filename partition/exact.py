@@ -7,7 +7,7 @@ from itertools import permutations
 import numpy as np
 
 from .boxes import Boxes, BoxSearch, Cases, joined, whole
-from .chains import Found
+from .chains import Sink
 from .instance import Floats, Instance, Ints
 from .labels import BlockLabels, Rows
 from .tours import Tours, tours_of
@@ -20,7 +20,7 @@ MAX_STREAMING_LABELS = 2_000_000
 _SLIVER = 1 - 1e-9  # of a bound that is worked out in floats and not on the grid
 
 
-def search_exact(instance: Instance, found: Found, *, max_effort: int) -> bool:
+def search_exact(instance: Instance, found: Sink, *, max_effort: int) -> bool:
     """Put the front into `found`; whether all of it is there.
 
     Args:
@@ -51,7 +51,7 @@ def search_exact(instance: Instance, found: Found, *, max_effort: int) -> bool:
 class _Sized:
     """The sets with one number of units, and the ways through as many hubs."""
 
-    def __init__(self, instance: Instance, found: Found, sets: UnitSets, tours: Tours) -> None:
+    def __init__(self, instance: Instance, found: Sink, sets: UnitSets, tours: Tours) -> None:
         self._instance, self._found, self._tours = instance, found, tours
         # Ways by their hubs: those of set i are order[first[i] : first[i] + n[i]].
         self._order = np.argsort(tours.mask, kind="stable")
@@ -163,7 +163,7 @@ def _in_order(instance: Instance, units: Ints, order: Ints) -> Ints:
     return found
 
 
-def _by_orders(instance: Instance, found: Found, sets: list[UnitSets], max_effort: int) -> bool:
+def _by_orders(instance: Instance, found: Sink, sets: list[UnitSets], max_effort: int) -> bool:
     """Every order of every set, cut in all ways worth having."""
     n_batches, left = len(instance.batches), max_effort
     heads = instance.head_idx

@@ -7,7 +7,7 @@ Tables hold the same grid values as `cost.price`, so sums of them equal its figu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -111,6 +111,17 @@ class Instance:
         least_s = np.where(self.read_s > 0.0, self.read_s, np.inf).min(axis=(1, 2))
         per_block_s = np.where(may, least_s / np.maximum(beyond, 1), np.inf).min(axis=1)
         return np.where(np.isfinite(per_block_s), per_block_s, 0.0)
+
+    def with_sessions(self, n_sessions: int) -> Instance:
+        """The same for fewer sessions in flight; there is room for as many as before."""
+        n_batches = sum(batch <= n_sessions for batch in self.batches)
+        return replace(
+            self,
+            n_sessions=n_sessions,
+            head_s=self.head_s[:, :n_batches],
+            decode_s=self.decode_s[:, :n_batches],
+            alone_s=self.alone_s[:, :n_batches],
+        )
 
     def least_reads_s(self, units: Ints, n_blocks: Ints | int) -> Floats:
         """[r]: what units [r, k] read for each step, all together, at least."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .chains import Chains, Found
+from .chains import Chains, Sink
 from .dominance import thin
 from .filling import filled
 from .instance import Floats, Instance, Ints
@@ -52,7 +52,7 @@ class _Labels:
 class BlockLabels:
     """Cuts the rows' pipelines in all ways worth having."""
 
-    def __init__(self, instance: Instance, found: Found) -> None:
+    def __init__(self, instance: Instance, found: Sink) -> None:
         """What is found goes into `found`."""
         self._instance, self._found = instance, found
         self._least_wire_s = instance.wire_s.min(axis=2)
@@ -170,7 +170,8 @@ class BlockLabels:
                 sums_s = np.maximum(sums_s, hops_s + instance.least_reads_s(later, left))
         ttft_s = sums_s[1] + (instance.n_chunks - 1) * labels.cost[3]
         full_s = np.maximum(labels.cost[4], sums_s[2] / instance.n_sessions)
-        kept = np.flatnonzero(~self._found.dominates(np.stack([ttft_s, sums_s[0], full_s])))
+        bounds = np.stack([ttft_s, sums_s[0], full_s])
+        kept = np.flatnonzero(~self._found.dominates(bounds, rows.units[row]))
         return len(row), _taken(labels, kept)
 
     def _rest_s(self, rows: Rows) -> Floats:

@@ -15,8 +15,9 @@ from .speed import on_grid
 PACKET_BYTES = 1400
 ALONE_LOST_S = 0.2
 LOST_ROUND_TRIPS = 10
-# TCP sends so much into a way that was idle, and twice as much after each round trip (RFC 6928).
-FIRST_WINDOW_BYTES = 10 * PACKET_BYTES
+# Of a prompt's hundred packets several are lost and sent again while the others go on: measured at
+# 40 ms and 4 %, 74 KB and 295 KB came 0.10 and 0.40 s late.
+PROMPT_LOST_ROUND_TRIPS = 1.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +29,7 @@ class BorderTerm:
     kind: LinkKind | None  # None: no link, sender and receiver are one device
     latency_s: float  # one way, with what lost packets cost on average
     wire_s: float  # bytes of one token / bandwidth
-    chunk_wire_s: float  # of one prefill chunk, with TCP's slow start and what is lost of it
+    chunk_wire_s: float  # of one prefill chunk, with what is lost of it sent again
     token_bytes: int = 0  # on the wire, indices included
 
     @property
@@ -76,17 +77,16 @@ class Network:
         if link is None:
             return None
         per_byte_s = 1.0 / link.bandwidth_bytes_per_s
-        latency_s = one_way_s(link, token_bytes)
         chunk_bytes = token_bytes * chunk_tokens
-        lost_s = max(0.0, one_way_s(link, int(chunk_bytes)) - latency_s)
+        n_lost = link.loss * chunk_bytes / PACKET_BYTES
         return BorderTerm(
             sender=sender,
             receiver=receiver,
             kind=link.kind,
-            latency_s=on_grid(latency_s),
+            latency_s=on_grid(one_way_s(link, token_bytes)),
             wire_s=on_grid(token_bytes * per_byte_s),
             chunk_wire_s=on_grid(
-                chunk_bytes * per_byte_s + slow_start_s(link, chunk_bytes) + lost_s
+                chunk_bytes * per_byte_s + n_lost * PROMPT_LOST_ROUND_TRIPS * link.rtt_s
             ),
             token_bytes=token_bytes,
         )
@@ -97,18 +97,6 @@ class Network:
             return 0.0
         ways = (self.link(one, other), self.link(other, one))
         return sum(on_grid(one_way_s(link)) for link in ways if link is not None)
-
-
-def slow_start_s(link: LinkProfile, n_bytes: float) -> float:
-    """What a message waits on a way that was idle, until as much may be under way as fits it."""
-    sent, window, waited_s = 0.0, FIRST_WINDOW_BYTES, 0.0
-    while sent + window < n_bytes:
-        gap_s = link.rtt_s - window / link.bandwidth_bytes_per_s
-        if gap_s <= 0.0:
-            break
-        waited_s += gap_s
-        sent, window = sent + window, 2 * window
-    return waited_s
 
 
 def one_way_s(link: LinkProfile, n_bytes: int = 0) -> float:

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from .bounded import relative_gap, search_bounded
 from .chains import Chain, Found
 from .codecs import codecs_for
-from .cost import Network, price, reply_s
+from .cost import Network, Terms, joint_prediction, price, reply_s
 from .dominance import front_of
 from .errors import InvalidPlan
 from .exact import search_exact
 from .instance import Instance, build_instance
 from .plan import Member, Pipeline, Prediction, Span, StagePlan, check_index_pattern
 from .profile import DeviceProfile, LinkProfile, ModelLayout, Workload
+from .replicas import side_by_side
 from .rooms import Resident, Streaming
 from .scope import Scope
 from .shortfall import infeasible, why_no_single
@@ -89,9 +90,9 @@ def pareto_front(
         raise infeasible(layout, ordered, request, head, may_stream=scope.may_stream)
     question = _Question(layout, ordered, Network(links), request, head, index_pattern)
     instance, found, exact = question.searched(scope)
-    points = [question.candidate(question.stages_of(chain, instance)) for _, chain in found.front]
-    if not points:
+    if not found.front:
         raise infeasible(layout, ordered, request, head, may_stream=scope.may_stream)
+    points = question.points(instance, found, scope)
     singles = question.singles(streams=instance.read_s is not None)
     return Front(
         points=_best(points),
@@ -126,8 +127,21 @@ class _Question:
     head: str | None
     index_pattern: str | None
 
-    def candidate(self, stages: tuple[StagePlan, ...]) -> Candidate:
-        """The pipeline of some stages, in the codecs of its links, with what it should do."""
+    def points(self, instance: Instance, found: Found, scope: Scope) -> list[Candidate]:
+        """The pipelines that were found, and those that may do more side by side."""
+        chains = [chain for _, chain in found.front]
+        together: list[tuple[Chain, ...]] = [(chain,) for chain in chains]
+        if self.head is None and instance.read_s is None:
+            sets = side_by_side(instance, chains, max_pipelines=scope.max_pipelines)
+            together += dict.fromkeys(tuple(sorted(each)) for each in sets if each)
+        priced = {
+            chain: self.priced(self.stages_of(chain, instance))
+            for chain in dict.fromkeys(chain for each in together for chain in each)
+        }
+        return [_candidate([priced[chain] for chain in each]) for each in together]
+
+    def priced(self, stages: tuple[StagePlan, ...]) -> tuple[Pipeline, Terms]:
+        """The pipeline of some stages, in the codecs of its links, and what it costs."""
         codecs = codecs_for(
             [stage.hub for stage in stages],
             self.layout,
@@ -145,8 +159,7 @@ class _Question:
             codecs=codecs,
             index_pattern=self.index_pattern,
         )
-        pipeline = Pipeline.of(stages, codecs=codecs, index_pattern=self.index_pattern)
-        return Candidate(pipelines=(pipeline,), prediction=terms.prediction())
+        return Pipeline.of(stages, codecs=codecs, index_pattern=self.index_pattern), terms
 
     def searched(self, scope: Scope) -> tuple[Instance, Found, bool]:
         """Everything in memory; or, where no plan is that way, with what must from disk."""
@@ -201,13 +214,31 @@ class _Question:
                     streaming = Streaming(self.layout, self.request, self.head or device.peer_id)
                     streamed = streaming.streamed(members, [device], whole)
                 alone = StagePlan.alone(device.peer_id, 0, whole.end, streamed_blocks=streamed[0])
-                found.append(self.candidate((alone,)))
+                found.append(_candidate([self.priced((alone,))]))
         return found
 
 
+def _candidate(priced: Sequence[tuple[Pipeline, Terms]]) -> Candidate:
+    """Pipelines side by side, the one that answers soonest first."""
+    ordered = sorted(priced, key=lambda one: (reply_s(one[1]), one[0]))
+    return Candidate(
+        pipelines=tuple(pipeline for pipeline, _ in ordered),
+        prediction=joint_prediction([terms for _, terms in ordered]),
+    )
+
+
 def _best(found: list[Candidate]) -> tuple[Candidate, ...]:
-    """The front of `found`; of equal predictions the one with fewer stages, then peer ids."""
-    found = sorted(found, key=lambda one: (one.prediction.objectives, len(one.stages), one.stages))
+    """The front of `found`; of equal predictions the one with fewer pipelines, then stages, then by
+    peer ids."""
+    found = sorted(
+        found,
+        key=lambda one: (
+            one.prediction.objectives,
+            len(one.pipelines),
+            len(one.stages),
+            one.pipelines,
+        ),
+    )
     return tuple(found[i] for i in front_of([one.prediction.objectives for one in found]))
 
 

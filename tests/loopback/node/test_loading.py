@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from covey.node.catalog import LocalModel
 from covey.node.engine.stage import Stage
 from covey.node.engines import Engines
 from covey.node.group.errors import GroupBroken
+from covey.node.group.stage import GroupStage
 from covey.node.loading import Held, Loading
 from covey.node.model.checkpoint import open_checkpoint
 from covey.node.serving import StageServer
@@ -31,7 +33,7 @@ from covey.partition.plan import (
     StagePlan,
     make_plan,
 )
-from covey.partition.profile import DeviceProfile
+from covey.partition.profile import DeviceProfile, LinkProfile
 from covey.store.replica import Replica
 from covey.store.schema import Ready
 from covey.transport.errors import LinkBroken, RefusedByPeer, TransportError
@@ -57,6 +59,7 @@ class LoadingNode:
     def __init__(self, identity: Identity, swarm: Swarm) -> None:
         self.peer_id = identity.peer_id
         self.spoilt: list[LocalModel] = []
+        self.links: tuple[LinkProfile, ...] = ()
         self.switch = Switch(self.peer_id, lambda peer_id: self.mesh.peer(peer_id))
         self.mesh = Mesh(identity, swarm, handler=self._receive, on_down=self._lost)
         self.lanes = Lanes(self.mesh)
@@ -94,7 +97,7 @@ class LoadingNode:
             disk_bytes_per_s=1e9,
         )
         ready = {plan.digest: frozenset[str]() for plan in plans}
-        state = cast("Any", SimpleNamespace(ready=ready))
+        state = cast("Any", SimpleNamespace(ready=ready, links=self.links))
         await self.loading.step(model, plans, state, device)
 
     async def compute(self, engine: Stage, session: str = "s") -> Any:
@@ -177,7 +180,8 @@ async def group(tmp_path: Path) -> AsyncIterator[Group]:
 
 
 def plan_of(model: LocalModel, peers: Sequence[str], epoch: int = 1) -> LayerPlan:
-    members = tuple(Member(peer_id, kv_heads=1, mlp_columns=32) for peer_id in peers)
+    shares = [(1, 32), (1, 32)] if len(peers) == 2 else [(1, 32), (1, 0), (0, 32)]
+    members = tuple(Member(peer, *share) for peer, share in zip(peers, shares, strict=True))
     stage = StagePlan(Span(0, N_BLOCKS), members, sum_codec="exact")
     prediction = Prediction(
         ttft_s=1.0,
@@ -222,13 +226,41 @@ async def test_a_lane_that_is_lost_is_opened_again_within_the_step(group: Group)
 
 async def test_a_lost_peer_ends_the_service_until_the_group_is_formed_again(group: Group) -> None:
     engine = await group.serve()
+    digest, stages = group.plan.digest, group.hub.server.stages
+    before = stages[digest]
     group.hub.mesh.peers[group.spoke.peer_id].abort(LinkBroken("a test"))
+    await group.until(lambda: stages.get(digest) not in (None, before))
+    await group.check(stages[digest].engine)
+    assert stages[digest].engine is engine
+
+
+async def test_a_hub_that_cannot_form_its_group_takes_back_its_word(group: Group) -> None:
+    await group.serve()
+    await group.spoke.step(group.model)  # it has another plan now
+    with pytest.raises(GroupBroken):
+        await group.hub.compute(group.hub.server.stages[group.plan.digest].engine)
     await group.until(lambda: not group.hub.is_ready)
     assert not group.hub.server.stages
+    await group.spoke.step(group.model, group.plan)
     await group.check(await group.served())
     assert group.hub.is_ready
-    assert group.spoke.is_ready
-    assert engine is group.hub.held.group
+
+
+async def test_a_ring_is_made_where_links_are_measured(group: Group) -> None:
+    peers = [node.peer_id for node in (group.hub, group.spoke, group.other)]
+    plan = group.plan = plan_of(group.model, peers)
+    group.hub.links = tuple(
+        LinkProfile(a=a, b=b, rtt_s=1e-5, bandwidth_bytes_per_s=1e4)
+        for a, b in itertools.combinations(peers, 2)
+    )
+    await group.other.step(group.model, plan)
+    engine = await group.serve()
+    await group.check(engine)
+    assert isinstance(engine, GroupStage)
+    assert engine.spread() is None  # nobody adds up what goes round
+    # A lane between two spokes is as dear as one to the hub.
+    group.spoke.lanes.drop(group.other.peer_id)
+    await group.check(engine)
 
 
 async def test_what_is_no_longer_wanted_is_left(group: Group) -> None:
@@ -247,6 +279,21 @@ async def test_what_is_no_longer_wanted_is_left(group: Group) -> None:
     with pytest.raises(GroupBroken):
         await group.hub.compute(engine)
     await group.check(group.hub.server.stages[successor.digest].engine)
+
+
+async def test_a_shard_stays_while_a_session_of_the_group_needs_it(group: Group) -> None:
+    engine = await group.serve()
+    await group.hub.worker.run(lambda: engine.open_session("s", 4))
+    await group.spoke.step(group.model)
+    draining = asyncio.create_task(group.spoke.loading.drained())
+    done = await group.hub.worker.run(lambda: engine.forward("s", 0, HIDDEN[:1]))
+    assert done.value.shape == (1, TINY.hidden_size)
+    assert not draining.done()
+    await group.hub.worker.run(lambda: engine.close_session("s"))
+    async with asyncio.timeout(10.0):
+        await draining
+    await group.spoke.step(group.model)
+    assert not list(group.spoke.loading)
 
 
 async def test_only_the_hub_calls_a_group_together(group: Group) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from covey.partition.cost import Network, Terms, misfits, predict, price
 from covey.partition.errors import InvalidPlan, PlanInfeasible
-from covey.partition.network import FIRST_WINDOW_BYTES, LOST_ROUND_TRIPS, slow_start_s
+from covey.partition.network import PACKET_BYTES, PROMPT_LOST_ROUND_TRIPS
 from covey.partition.plan import Member, Span, StagePlan
 from covey.partition.profile import LinkProfile, Workload
 from support.plans import device, layout, link, stages
@@ -54,26 +54,14 @@ def test_a_session_is_opened_on_all_stages_at_once() -> None:
     assert found.open_s == pytest.approx((0.3 + 0.5) / 2)
 
 
-def test_a_long_message_on_an_idle_way_waits_for_the_window_to_open() -> None:
-    far = link("a", "b", rtt_s=0.4, bandwidth=1e6)
-    first = FIRST_WINDOW_BYTES
-    assert slow_start_s(far, first) == 0.0
-    # One window leaves at once, the next one when the first is answered.
-    assert slow_start_s(far, first + 1) == pytest.approx(0.4 - first / 1e6)
-    assert slow_start_s(far, 3 * first + 1) == pytest.approx(0.8 - 3 * first / 1e6)
-    # Once as much as the way holds is under way, it never stands still.
-    assert slow_start_s(far, 1e9) == slow_start_s(far, 1e8)
-    assert slow_start_s(link("a", "b", rtt_s=0.004, bandwidth=1e6), 1e9) == 0.0
-
-
-def test_of_a_long_message_more_is_lost() -> None:
+def test_of_a_prompt_more_is_lost() -> None:
     def chunk_s(loss: float) -> float:
         lossy = replace(link("a", "b", rtt_s=0.04, bandwidth=1e6), loss=loss)
-        border = Network([lossy]).border("a", "b", token_bytes=1000, chunk_tokens=128)
+        border = Network([lossy]).border("a", "b", token_bytes=PACKET_BYTES, chunk_tokens=100)
         assert border is not None
-        return border.chunk_s
+        return border.chunk_wire_s
 
-    assert chunk_s(0.02) == pytest.approx(chunk_s(0.0) + LOST_ROUND_TRIPS * 0.04)
+    assert chunk_s(0.02) == pytest.approx(chunk_s(0.0) + 2 * PROMPT_LOST_ROUND_TRIPS * 0.04)
 
 
 def test_further_chunks_queue_behind_the_slowest_part() -> None:
