@@ -72,6 +72,7 @@ class Node:
             stdout=subprocess.PIPE,
             text=True,
             cwd=Path(__file__).parents[1],
+            start_new_session=True,  # Ctrl-C is for us; it ends with its input
         )
 
     @property

@@ -59,6 +59,7 @@ def running(name: str, limit_bytes: int, arguments: Sequence[str]) -> Iterator[N
             stdout=subprocess.PIPE,
             text=True,
             cwd=Path(__file__).parents[1],
+            start_new_session=True,  # Ctrl-C is for us; it ends with its input
             preexec_fn=join,
         )
         try:
