@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import combinations, permutations
+from itertools import combinations, permutations, product
 from random import Random
 
 from covey.partition.codecs import codecs_for
-from covey.partition.cost import Network, held_bytes, misfits, price
+from covey.partition.cost import Network, Terms, held_bytes, joint_prediction, misfits, price
 from covey.partition.errors import PlanInfeasible
 from covey.partition.group import group_term
 from covey.partition.plan import Member, Span, StagePlan
@@ -86,10 +86,39 @@ def brute_force(question: Question, *, may_stream: bool = False) -> list[Objecti
     return sorted(point for point in found if not any(_beats(other, point) for other in found))
 
 
+def side_by_side(question: Question, *, max_pipelines: int = 4) -> list[Objectives]:
+    """What pipelines that share no device do together: all of them that are worth having alone with
+    the devices that they have, in all ways. Without a head of its own and without disks."""
+    by_peers: dict[frozenset[str], list[Terms]] = {}
+    for terms in _fitting(question, streams=False):
+        peers = frozenset(peer for stage in terms.stages for peer in stage.peers)
+        by_peers.setdefault(peers, []).append(terms)
+    parts = {peers: _worth_having(found) for peers, found in by_peers.items()}
+    found: set[Objectives] = set()
+    for n_pipelines in range(1, max_pipelines + 1):
+        for sets in combinations(sorted(parts, key=sorted), n_pipelines):
+            if len(frozenset().union(*sets)) == sum(map(len, sets)):
+                for together in product(*(parts[peers] for peers in sets)):
+                    found.add(joint_prediction(together).objectives)
+    return sorted(point for point in found if not any(_beats(other, point) for other in found))
+
+
+def _worth_having(found: list[Terms]) -> list[Terms]:
+    points = {id(terms): terms.prediction().objectives for terms in found}
+    return [
+        terms
+        for terms in found
+        if not any(_beats(points[id(other)], points[id(terms)]) for other in found)
+    ]
+
+
 def _all_that_fit(question: Question, *, streams: bool) -> set[Objectives]:
+    return {terms.prediction().objectives for terms in _fitting(question, streams=streams)}
+
+
+def _fitting(question: Question, *, streams: bool) -> Iterator[Terms]:
     devices = {one.peer_id: one for one in question.devices}
     network = Network(question.links)
-    found: set[Objectives] = set()
     for pipeline in every_pipeline(question):
         stages = _streaming(pipeline, question, devices) if streams else pipeline
         hubs = [stage.hub for stage in stages]
@@ -110,8 +139,7 @@ def _all_that_fit(question: Question, *, streams: bool) -> set[Objectives]:
         except PlanInfeasible:
             continue
         if not misfits(terms, devices):
-            found.add(terms.prediction().objectives)
-    return found
+            yield terms
 
 
 def _streaming(

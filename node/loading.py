@@ -46,7 +46,9 @@ logger = logging.getLogger(__name__)
 
 Role = Literal["alone", "hub", "spoke"]
 
+FORM_SOON_S = 1.0  # then our word that the group serves is taken back
 FORM_AGAIN_S = 0.5  # between attempts to form a group
+DRAINED_S = 0.05  # between looks whether sessions of groups have ended
 FORM_ANEW_S = 4.0  # within a step, whose sessions wait for it
 
 
@@ -143,7 +145,7 @@ class Loading:
         keep = {plan.digest for plan in wanted}
         for digest, held in list(self._held.items()):
             is_ours = held.route.plan.model_digest == model.digest
-            if is_ours and digest not in keep and not self._node.server.sessions_of(digest):
+            if is_ours and digest not in keep and not self._is_in_use(held):
                 await self._unload(held)
         for plan in wanted:
             known = self._held.get(plan.digest)
@@ -155,6 +157,11 @@ class Loading:
                 and self._node.peer_id not in state.ready[plan.digest]
             ):
                 self._say_ready(known)
+
+    async def drained(self) -> None:
+        """Until no group needs a shard of ours for a session; the caller sets a deadline."""
+        while any(held.spoke is not None and held.spoke.is_in_use for held in self):  # noqa: ASYNC110
+            await asyncio.sleep(DRAINED_S)  # spokes hear of the end on threads of their own
 
     def withdraw(self) -> None:
         """Take back our word that parts are ready: the node is stopping."""
@@ -260,6 +267,11 @@ class Loading:
         self._unsay_ready(held)
         await self.groups.remove(digest)
 
+    def _is_in_use(self, held: Held) -> bool:
+        if held.spoke is not None:
+            return held.spoke.is_in_use
+        return self._node.server.sessions_of(held.route.digest) > 0
+
     def _taken_bytes(self) -> int:
         """Memory that all parts take now."""
         taken = sum(stage.taken_bytes for stage in self._node.server.stages.values())
@@ -292,22 +304,28 @@ class Loading:
     async def _form_until_it_serves(self, held: Held, group: GroupStage) -> None:
         formed: Formed | None = None
         while formed is None:
+            forming = self._tasks.spawn(self._form(held), "form a group once")
             try:
-                formed = await self._form(held)
+                await asyncio.wait({forming}, timeout=FORM_SOON_S)
+                if not forming.done():
+                    self._unsay_ready(held)
+                formed = await forming
             except TransportError as error:
                 logger.info("a group is not formed yet: %s", error)
+                self._unsay_ready(held)
                 await asyncio.sleep(FORM_AGAIN_S)
+            finally:
+                forming.cancel()
         group.use(formed.reduce)
         n_tokens = min(_kv_tokens(group.shard, held.kv_bytes), formed.kv_tokens)
         self._serve(held, group, n_tokens * group.kv_bytes_per_token)
 
     def _broken(self, held: Held) -> None:
-        """End its sessions, take back our word, and form it anew."""
+        """End its sessions and form it anew; our word stands unless that fails, or takes long."""
         if not held.is_serving or self._held.get(held.route.digest) is not held:
             return
         held.is_serving = False
         self._node.server.remove(held.route.digest, ErrorCode.PEER_LOST)
-        self._unsay_ready(held)
         if held.group is not None:
             forming = self._form_until_it_serves(held, held.group)
             held.forming = self._tasks.spawn(forming, "form a group")

@@ -270,6 +270,7 @@ class Node:
         with suppress(TimeoutError):
             async with asyncio.timeout_at(give_up_at):
                 await self.server.drained()
+                await self.planning.loading.drained()
         await self.pipelines.aclose()
         await self.server.aclose()
         await self.planning.loading.aclose()

@@ -20,10 +20,12 @@ import numpy as np
 from .chains import Chain, Chains, objectives
 from .exact import search_exact
 from .instance import Bools, Floats, Instance, Ints
+from .profile import REPLY_TOKENS
 
 ALL_SETS_OF = 8  # devices
 GOOD_ENOUGH = 1.01  # a pipeline that is to go with others need not be the best to the last percent
 _MAX_EFFORT = 3_000_000  # for each number of sessions
+_MAX_PARTS = 256  # that get others beside them
 _MAX_POINTS = 64  # of a front, spread over it, that get others beside them
 
 
@@ -34,6 +36,7 @@ class _Part:
     chain: Chain
     mask: int
     tokens_per_s: float
+    reply_s: float  # of a lone session
 
 
 class BestByDevices:
@@ -76,22 +79,32 @@ class BestByDevices:
 def side_by_side(
     instance: Instance, front: Sequence[Chain], *, max_pipelines: int
 ) -> Iterator[tuple[Chain, ...]]:
-    """Sets of pipelines that share no device and may do more than `front` has; not priced."""
+    """Sets of pipelines that share no device and may do more than `front` has, and empty ones; not
+    priced."""
     if max_pipelines < 2 or instance.n_sessions < 2 or instance.n_devices < 2:
         return
     step = -(-len(front) // _MAX_POINTS)
     points = front[::step]
     everything = (1 << instance.n_devices) - 1
-    for n_pipelines in range(2, min(max_pipelines, instance.n_sessions, instance.n_devices) + 1):
-        parts = _parts(instance.with_sessions(-(-instance.n_sessions // n_pipelines)), front)
-        shared = _Shared(parts, instance.n_devices, n_pipelines)
-        for n_others, mask, first in [
-            (n_pipelines, everything, ()),
-            *((n_pipelines - 1, everything & ~_mask(instance, one), (one,)) for one in points),
-        ]:
-            others = shared.best(mask, n_others)
-            if others:
-                yield (*first, *others)
+    most = min(max_pipelines, instance.n_sessions, instance.n_devices)
+    by_sessions = {1: _Shared(_parts(instance.with_sessions(1), front), instance.n_devices, most)}
+    for n_pipelines in range(2, most + 1):
+        fewer, odd = divmod(instance.n_sessions, n_pipelines)
+        for n_sessions in sorted({fewer, fewer + (odd > 0)}):
+            if n_sessions not in by_sessions:
+                parts = _parts(instance.with_sessions(n_sessions), front)
+                by_sessions[n_sessions] = _Shared(parts, instance.n_devices, most)
+            shared = by_sessions[n_sessions]
+            yield shared.best(everything, n_pipelines)
+            # What answers a lone session, or has one session more than the others.
+            more = [*by_sessions[1].chains, *by_sessions[max(by_sessions)].chains]
+            for first in dict.fromkeys([*points, *more]):
+                part = _part(instance, first)
+                for others in (
+                    shared.best(everything & ~part.mask, n_pipelines - 1),
+                    shared.slower_than(part, n_pipelines - 1),
+                ):
+                    yield (first, *others) if others else ()
 
 
 def _parts(instance: Instance, front: Sequence[Chain]) -> list[_Part]:
@@ -101,14 +114,14 @@ def _parts(instance: Instance, front: Sequence[Chain]) -> list[_Part]:
         search_exact(instance, best, max_effort=_MAX_EFFORT)
         return best.parts()
     chains = [*front, *_alone(instance)]
-    found = [_part(instance, chain) for chain in dict.fromkeys(chains)]
-    return sorted(found, key=lambda part: (-part.tokens_per_s, part.chain))
+    return [_part(instance, chain) for chain in dict.fromkeys(chains)]
 
 
 def _part(instance: Instance, chain: Chain) -> _Part:
     one = Chains(np.array([chain.units]), np.array([chain.head]), np.array([chain.n_blocks]))
-    full_s = float(objectives(instance, one)[2, 0])
-    return _Part(chain, _mask(instance, chain), 1.0 / full_s)
+    ttft_s, tpot_s, full_s = map(float, objectives(instance, one)[:, 0])
+    reply_s = ttft_s + (REPLY_TOKENS - 1) * tpot_s
+    return _Part(chain, _mask(instance, chain), 1.0 / full_s, reply_s)
 
 
 def _alone(instance: Instance) -> list[Chain]:
@@ -133,6 +146,7 @@ class _Shared:
 
     def __init__(self, parts: Sequence[_Part], n_devices: int, max_parts: int) -> None:
         self._parts = parts
+        self._fastest = sorted(parts, key=lambda part: (-part.tokens_per_s, part.chain))
         self._is_all = n_devices <= ALL_SETS_OF
         # [n][mask]: the most that n parts within the mask do, and the first of them.
         self._most: list[Floats] = [np.zeros(1 << n_devices if self._is_all else 1)]
@@ -149,10 +163,15 @@ class _Shared:
             self._most.append(most)
             self._first.append(first)
 
+    @property
+    def chains(self) -> list[Chain]:
+        """Those that do most."""
+        return [part.chain for part in self._fastest[:_MAX_PARTS]]
+
     def best(self, mask: int, n_parts: int) -> tuple[Chain, ...]:
         """That many parts within the mask; none where there are not so many."""
         if not self._is_all:
-            return self._greedy(mask, n_parts)
+            return self._greedy(mask, n_parts, 0.0)
         chains = []
         for n_left in range(n_parts, 0, -1):
             idx = int(self._first[n_left - 1][mask])
@@ -162,10 +181,16 @@ class _Shared:
             mask &= ~self._parts[idx].mask
         return tuple(chains)
 
-    def _greedy(self, mask: int, n_parts: int) -> tuple[Chain, ...]:
+    def slower_than(self, first: _Part, n_parts: int) -> tuple[Chain, ...]:
+        """That many parts beside one that shall go on being what a lone session gets."""
+        return self._greedy(~first.mask, n_parts, first.reply_s)
+
+    def _greedy(self, mask: int, n_parts: int, least_reply_s: float) -> tuple[Chain, ...]:
         chains: list[Chain] = []
-        for part in self._parts:
-            if len(chains) < n_parts and part.mask & mask == part.mask:
+        for part in self._fastest:
+            if len(chains) == n_parts:
+                break
+            if part.mask & mask == part.mask and part.reply_s >= least_reply_s:
                 chains.append(part.chain)
                 mask &= ~part.mask
         return tuple(chains) if len(chains) == n_parts else ()

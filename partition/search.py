@@ -132,9 +132,8 @@ class _Question:
         chains = [chain for _, chain in found.front]
         together: list[tuple[Chain, ...]] = [(chain,) for chain in chains]
         if self.head is None and instance.read_s is None:
-            together += dict.fromkeys(
-                side_by_side(instance, chains, max_pipelines=scope.max_pipelines)
-            )
+            sets = side_by_side(instance, chains, max_pipelines=scope.max_pipelines)
+            together += dict.fromkeys(tuple(sorted(each)) for each in sets if each)
         priced = {
             chain: self.priced(self.stages_of(chain, instance))
             for chain in dict.fromkeys(chain for each in together for chain in each)

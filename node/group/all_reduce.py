@@ -286,26 +286,21 @@ class AllReduce:
         arrived = [0.0] * self.n_members
         busy = [self._busy_us / 1e6] * self.n_members
         pending = list(self._exchange.others)
-        perhaps: Sequence[int] = tuple(pending)  # whose part may be here
         deadline = self._exchange.deadline()
         n_added, is_begun = 0, False
-        while True:
-            for rank in perhaps:
-                found = self._exchange.poll(rank)
-                if found is None:
-                    continue
-                header, parts[rank] = self._check_part(found, shape)
-                busy[rank], arrived[rank] = header.busy_us / 1e6, self._clock() - started
-                pending.remove(rank)
+        while n_added < self.n_members:
             while n_added in parts:
                 part = parts.pop(n_added)
                 n_added += 1
                 if part is not None:
                     (self._sum.add if is_begun else self._sum.put)(*part)
                     is_begun = True
-            if not pending:
-                break
-            perhaps = self._exchange.wait(pending, deadline)
+            for rank in self._exchange.wait(pending, deadline) if pending else ():
+                found = self._exchange.poll(rank)
+                if found is not None:
+                    header, parts[rank] = self._check_part(found, shape)
+                    busy[rank], arrived[rank] = header.busy_us / 1e6, self._clock() - started
+                    pending.remove(rank)
         if not is_begun:
             self._sum.values[:] = 0.0
         if algorithm is not None:

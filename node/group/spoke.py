@@ -34,7 +34,7 @@ JOIN_S = 30.0  # how long a step that is under way may take to end
 class Spoke:
     """A shard that does what its hub says, over one set of lanes after the other.
 
-    `serve`, `stop` and `leased_bytes` are for any thread.
+    `serve`, `stop`, `close` and what is asked of it are for any thread.
     """
 
     def __init__(self, shard: Shard) -> None:
@@ -60,10 +60,10 @@ class Spoke:
         return () if reduce is None else list(reduce.rounds)
 
     @property
-    def is_serving(self) -> bool:
-        """Whether its lanes stand, as far as is known."""
+    def is_in_use(self) -> bool:
+        """Whether its lanes stand, as far as is known, and there are sessions on it."""
         thread = self._thread
-        return thread is not None and thread.is_alive()
+        return thread is not None and thread.is_alive() and bool(self._sessions)
 
     def serve(self, reduce: AllReduce, *, has_ring: bool = True) -> None:
         """From now on hear the hub on these lanes, and no more on those before. Blocks for it.

@@ -226,13 +226,24 @@ async def test_a_lane_that_is_lost_is_opened_again_within_the_step(group: Group)
 
 async def test_a_lost_peer_ends_the_service_until_the_group_is_formed_again(group: Group) -> None:
     engine = await group.serve()
+    digest, stages = group.plan.digest, group.hub.server.stages
+    before = stages[digest]
     group.hub.mesh.peers[group.spoke.peer_id].abort(LinkBroken("a test"))
+    await group.until(lambda: stages.get(digest) not in (None, before))
+    await group.check(stages[digest].engine)
+    assert stages[digest].engine is engine
+
+
+async def test_a_hub_that_cannot_form_its_group_takes_back_its_word(group: Group) -> None:
+    await group.serve()
+    await group.spoke.step(group.model)  # it has another plan now
+    with pytest.raises(GroupBroken):
+        await group.hub.compute(group.hub.server.stages[group.plan.digest].engine)
     await group.until(lambda: not group.hub.is_ready)
     assert not group.hub.server.stages
+    await group.spoke.step(group.model, group.plan)
     await group.check(await group.served())
     assert group.hub.is_ready
-    assert group.spoke.is_ready
-    assert engine is group.hub.held.group
 
 
 async def test_a_ring_is_made_where_links_are_measured(group: Group) -> None:
@@ -268,6 +279,21 @@ async def test_what_is_no_longer_wanted_is_left(group: Group) -> None:
     with pytest.raises(GroupBroken):
         await group.hub.compute(engine)
     await group.check(group.hub.server.stages[successor.digest].engine)
+
+
+async def test_a_shard_stays_while_a_session_of_the_group_needs_it(group: Group) -> None:
+    engine = await group.serve()
+    await group.hub.worker.run(lambda: engine.open_session("s", 4))
+    await group.spoke.step(group.model)
+    draining = asyncio.create_task(group.spoke.loading.drained())
+    done = await group.hub.worker.run(lambda: engine.forward("s", 0, HIDDEN[:1]))
+    assert done.value.shape == (1, TINY.hidden_size)
+    assert not draining.done()
+    await group.hub.worker.run(lambda: engine.close_session("s"))
+    async with asyncio.timeout(10.0):
+        await draining
+    await group.spoke.step(group.model)
+    assert not list(group.spoke.loading)
 
 
 async def test_only_the_hub_calls_a_group_together(group: Group) -> None:

@@ -7,7 +7,7 @@ from itertools import permutations
 from random import Random
 
 import pytest
-from benchmarks.plan_oracle import Question, brute_force, random_question
+from benchmarks.plan_oracle import Question, brute_force, random_question, side_by_side
 
 from covey.partition import exact
 from covey.partition.bounded import balanced, least_balanced, relative_gap, search_bounded
@@ -78,6 +78,23 @@ def test_where_memory_is_short_no_more_streams_than_brute_force_has_to(seed: int
     question = replace(question, devices=short)
     front = front_of(question, replace(PIPELINES, may_stream=True))
     assert objectives_of(front) == brute_force(question, may_stream=True)
+
+
+@pytest.mark.parametrize("seed", range(7000, 7020))
+def test_next_to_no_pipelines_side_by_side_do_more_than_the_front(seed: int) -> None:
+    drawn = random_question(seed, max_devices=3, max_blocks=5)
+    request = replace(drawn.request, n_sessions=(2, 4, 5, 8)[seed % 4])
+    question = replace(drawn, head=None, request=request)
+    front = front_of(question, replace(PIPELINES, max_pipelines=4))
+    ours = objectives_of(front)
+    for one in side_by_side(question):
+        assert any(
+            mine[0] <= 1.05 * one[0] and mine[1] <= 1.05 * one[1] and mine[2] <= one[2] / 1.05
+            for mine in ours
+        )
+    for point in [] if front is None else front.points:
+        peers = [peer for stage in point.stages for peer in stage.peers]
+        assert len(set(peers)) == len(peers)
 
 
 @pytest.mark.parametrize("seed", range(2000, 2012))

@@ -17,6 +17,7 @@ from covey.partition.activation import should_replace, transfer_s
 from covey.partition.choose import choose, cost, priced
 from covey.partition.plan import LayerPlan, make_plan
 from covey.partition.profile import DeviceProfile, LinkProfile
+from covey.partition.scope import CHAINS
 from covey.partition.search import pareto_front
 from support.plans import MODEL, device, layout, link
 
@@ -53,7 +54,7 @@ def proposed(
 ) -> LayerPlan | None:
     """What a proposer that sees these profiles would have everybody move to."""
     by_peer = {one.peer_id: one for one in devices}
-    best = choose(pareto_front(BLOCKS, devices, links))
+    best = choose(pareto_front(BLOCKS, devices, links, scope=CHAINS))
     new = make_plan(
         best.pipelines,
         best.prediction,

@@ -9,6 +9,7 @@ from covey.partition.evaluate import World
 from covey.partition.explain import Explanation, explain
 from covey.partition.plan import Pipeline
 from covey.partition.profile import LinkProfile, Workload
+from covey.partition.scope import CHAINS
 from covey.partition.search import Candidate, Front, pareto_front
 from support.plans import device, layout, link, stages
 
@@ -18,7 +19,7 @@ NAMES = {"a": "attic", "b": "barn"}
 
 
 def front_over(links: list[LinkProfile]) -> Front:
-    return pareto_front(layout(4), DEVICES.values(), links, request=REQUEST)
+    return pareto_front(layout(4), DEVICES.values(), links, request=REQUEST, scope=CHAINS)
 
 
 def explained(spans: list[tuple[str, int, int]], links: list[LinkProfile]) -> Explanation:

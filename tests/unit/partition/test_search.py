@@ -33,7 +33,9 @@ def test_one_machine_is_an_ordinary_answer() -> None:
 
 def test_a_second_machine_buys_throughput_when_sessions_abound() -> None:
     devices = [device("a"), device("b")]
-    front = pareto_front(layout(4), devices, [link("a", "b")], request=Workload(n_sessions=8))
+    front = pareto_front(
+        layout(4), devices, [link("a", "b")], request=Workload(n_sessions=8), scope=CHAINS
+    )
     assert stages(("a", 0, 2), ("b", 2, 4)) in [point.stages for point in front.points]
 
 
@@ -130,7 +132,7 @@ def test_many_devices_are_searched_within_bounds_and_it_is_said() -> None:
 def test_more_devices_than_are_considered_still_give_a_front() -> None:
     devices = [device(f"p{i:02}", decode_s=0.01 + i * 1e-4) for i in range(70)]
     front = pareto_front(layout(2), devices, [])
-    assert spans(front) == [[("p00", 0, 2)]]
+    assert spans(front) == [[(f"p0{i}", 0, 2) for i in range(4)]]
     assert not front.exact
 
 
@@ -169,3 +171,17 @@ def test_borders_get_the_codec_of_their_link() -> None:
     assert {point.pipelines[0].codecs[1] for point in slow.points} == {"int4"}
     # The first border joins the head with itself.
     assert {point.pipelines[0].codecs[0] for point in slow.points} == {"exact"}
+
+
+def test_machines_that_hold_the_model_serve_side_by_side_where_sessions_abound() -> None:
+    devices, links = [device("a"), device("b", decode_s=0.02)], [link("a", "b")]
+    crowd = Workload(n_sessions=8)
+    front = pareto_front(layout(4), devices, links, request=crowd)
+    apart = [point for point in front.points if len(point.pipelines) > 1]
+    assert stages(("a", 0, 4), ("b", 0, 4)) in [point.stages for point in apart]
+    alone = pareto_front(layout(4), devices[:1], [], request=crowd).points[0].prediction
+    best = max(point.prediction.throughput_tok_per_s for point in front.points)
+    assert best > 1.4 * alone.throughput_tok_per_s
+    # Nobody gains by a second pipeline who is alone.
+    lonely = pareto_front(layout(4), devices, links, request=Workload(n_sessions=1))
+    assert {len(point.pipelines) for point in lonely.points} == {1}
