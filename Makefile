@@ -8,7 +8,7 @@ READY = $(VENV)/.ready
 KERNELS = $(VENV)/.kernels
 
 .PHONY: setup demo test test-lab test-arm lint format fuzz soak build clean \
-    lab lab-nat lab-paths lab-swarm lab-links lab-plan lab-groups lab-tpi bench-pipeline bench-transport bench-engine \
+    lab lab-nat lab-paths lab-swarm lab-links lab-plan lab-front lab-groups lab-tpi bench-pipeline bench-transport bench-engine \
     bench-codecs bench-allreduce bench-window bench-plan
 
 MODEL ?= smollm2
@@ -95,6 +95,10 @@ lab-links: $(KERNELS)
 lab-plan: $(KERNELS)
 	$(BIN)/python -m testbed plan
 
+# One front, predicted and measured, as a picture; four minutes.
+lab-front: $(KERNELS)
+	$(BIN)/python -m testbed front --plot front.svg
+
 # Blocks shared out over two to four devices: speed over one of them, and the same text.
 lab-groups: $(KERNELS)
 	$(BIN)/python -m testbed groups
@@ -125,6 +129,10 @@ bench-allreduce: $(KERNELS)
 # The planner's search against brute force, and its times; a few minutes.
 bench-plan: $(KERNELS)
 	$(BIN)/python -m benchmarks.bench_plan
+
+# A model of 2 GB under 600 MiB. Needs root and 6 GB of disk; installs accelerate at first use.
+bench-window: $(KERNELS)
+	$(BIN)/python -m benchmarks.bench_window
 
 build: $(KERNELS)
 	rm -rf dist

@@ -42,7 +42,9 @@ def main(package: str, model_path: str, offloaded: str, resident: str, threads: 
     sys.path.append(package)
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.set_num_threads(int(threads))
     model = AutoModelForCausalLM.from_pretrained(
         model_path,

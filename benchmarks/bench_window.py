@@ -12,34 +12,32 @@ idle machine.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-from testbed.devices import MemoryLimit, memory_limit
 
 from covey.node.disk import BLOCK_BYTES, ColdFile, read_memory, room_for
 
 from . import accelerate_offload
 from .big_model import big_model
 from .installs import CannotBuild, cache_folder
+from .limited import Node, NodeFailed, running
 from .rows import Row, report
 
 MIB = 1 << 20
 LIMIT, RIVALS_LIMIT = 600 * MIB, 900 * MIB
 # Of the limit, what blocks may take: interpreter and libraries take 80 MiB, the head's window 32,
 # and with less than this to spare the system throws out what stays mapped.
-BLOCKS_BYTES = 440 * MIB
+BLOCKS_BYTES = 470 * MIB
 RIVALS_RESIDENT_BYTES = 300 * MIB  # more gets it killed as it loads, or makes it no faster
 QUANTIZATION = "q4_0"
 NEEDED_BYTES = 6 << 30
@@ -47,10 +45,6 @@ N_FILES = 12  # that are read to learn the disk's speed: most of those that are 
 N_ROUNDS, PROMPT, N_TOKENS = 5, 8, 5  # the first token, which has the prompt in it, is apart
 BF16, QUANTIZED, RIVAL = "bf16", f"quantised ({QUANTIZATION})", "Accelerate"
 THREADS = os.cpu_count() or 1
-
-
-class NodeFailed(RuntimeError):
-    """A process ended before its time; the text says how."""
 
 
 @dataclass
@@ -70,58 +64,6 @@ class Found:
         if "streamed_bytes" in said:
             self.streamed_per_s.append(sum(said["streamed_bytes"][1:]) / sum(others))
         self.peak_bytes = max(self.peak_bytes, said["peak_bytes"])
-
-
-class Node:
-    """A process that answers lines."""
-
-    def __init__(self, process: subprocess.Popen[str], name: str) -> None:
-        self._process = process
-        self._name = name
-
-    def ask(self, **command: object) -> Any:
-        """What it answers. Raises NodeFailed."""
-        stdin = self._process.stdin
-        try:
-            if stdin is not None:
-                stdin.write(json.dumps(command) + "\n")
-                stdin.flush()
-        except BrokenPipeError:
-            pass  # it has ended, as the answer says
-        return self.answer()
-
-    def answer(self) -> Any:
-        """What it says next. Raises NodeFailed."""
-        line = self._process.stdout.readline() if self._process.stdout is not None else ""
-        if not line:
-            raise NodeFailed(f"{self._name} has ended: exit status {self._process.wait()}")
-        return json.loads(line)
-
-
-@contextmanager
-def running(name: str, limit_bytes: int, arguments: Sequence[str]) -> Iterator[Node]:
-    """A module of this folder in a process that has so much memory, until the end.
-
-    Raises:
-        NodeFailed: nothing here can hold it to that.
-    """
-    group = f"covey-bench-{os.getpid()}-{name.split()[0].lower()}"
-    with memory_limit(group, limit_bytes) as (kind, join):
-        if kind is MemoryLimit.ADDRESS_SPACE:
-            raise NodeFailed("no control group for memory can be made here: it needs root")
-        process = subprocess.Popen(
-            [sys.executable, "-m", *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=Path(__file__).parents[1],
-            preexec_fn=join,
-        )
-        try:
-            yield Node(process, name)
-        finally:
-            process.kill()
-            process.communicate()
 
 
 def main(argv: Sequence[str]) -> int:
@@ -153,6 +95,10 @@ def _measure(n_rounds: int) -> list[Row]:
         theirs = ["benchmarks.accelerate_offload", str(package), str(model), offloaded]
         theirs += [str(RIVALS_RESIDENT_BYTES), str(THREADS)]
         _say("loading, and checking what was packed")
+        # What another process has brought into memory is charged to nobody else.
+        for path in (*packed.iterdir(), *model.iterdir()):
+            with ColdFile(path) as file:
+                file.forget()
         nodes = {
             name: stack.enter_context(running(name, limit, command))
             for name, limit, command in (

@@ -30,6 +30,7 @@ from .observing import MAX_STEPS, SeenStep
 from .pipeline import Pipelines, PipelineSession, StepResult
 from .prefix import prefix_keys
 from .prompt import chat_tokens, prompt_tokens
+from .refining import Timings
 from .route import Route
 from .service import (
     Delta,
@@ -91,13 +92,14 @@ class Generator:
         context_tokens: int,
         max_sessions: int,
         observe: Observe = lambda *_: None,
+        timings: Timings | None = None,
     ) -> None:
         self.observe = observe
-        self._find_route = find_route
+        self.find_route = find_route
         self.hold = hold
         self.pipelines = pipelines
         self.worker = worker
-        self.head_batches = HeadBatches(worker)
+        self.head_batches = HeadBatches(worker, deque(maxlen=0) if timings is None else timings)
         self.prefix_secret = secrets.token_bytes(32)
         self._context_tokens = context_tokens
         self._max_sessions = max_sessions
@@ -114,7 +116,7 @@ class Generator:
         """See `Service.generate`."""
         began_at, loop = time.perf_counter(), asyncio.get_running_loop()
         deadline_at = None if request.deadline_s is None else loop.time() + request.deadline_s
-        model, route = self._find_route(request.model)
+        model, _ = self.find_route(request.model)
         if self._is_refusing:
             raise NotReady(request.model, "this node is stopping")
         if self.n_active >= self._max_sessions:
@@ -127,7 +129,7 @@ class Generator:
             if len(prompt) >= limit:
                 raise PromptTooLong(len(prompt), limit)
             max_tokens = min(request.params.max_tokens, limit - len(prompt))
-            run = _Run(self, request, model, route, prompt, max_tokens, began_at, deadline_at)
+            run = _Run(self, request, model, prompt, max_tokens, began_at, deadline_at)
             async with aclosing(run.events()) as events:
                 async for event in events:
                     yield event
@@ -143,29 +145,30 @@ class _Run:
         owner: Generator,
         request: GenerationRequest,
         model: LocalModel,
-        route: Route,
         prompt: list[int],
         max_tokens: int,
         began_at: float,
         deadline_at: float | None,
     ) -> None:
         self._owner = owner
+        self._called = request.model
         self._params = request.params
         self._deadline_at = deadline_at
         self._model = model
-        self._route = route
         self._n_prompt = len(prompt)
         self._tokens = prompt  # the journal: all that a replay needs
         self._max_tokens = max_tokens
         self._began_at = began_at
         self._n_held = 0
-        self._totals = _Totals(route.n_stages)
         self._seen: deque[SeenStep] = deque(maxlen=MAX_STEPS)
 
     async def events(self) -> AsyncGenerator[Event, None]:
         model = self._model
         head = (await self._on_worker(lambda: model.head)).value
         self._sampler = Sampler(self._params, head.vocab_size)
+        # Only now: of several pipelines, others may have taken the one that was free before.
+        _, self._route = self._owner.find_route(self._called)
+        self._totals = _Totals(self._route.n_stages)
         session = await self._open()
         self._n_held = session.n_held
         try:

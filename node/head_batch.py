@@ -6,6 +6,7 @@ The output matrix is as large as many blocks, so it too is read once for all tha
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from .batching import Batcher
 from .catalog import LocalModel
 from .engine.tensors import HiddenStates
 from .model.sampling import SampledToken, Sampler
+from .refining import HeadTiming, Timings
 from .worker import Done, Worker
 
 #: The next token and, unless it is the last, the hidden states that it begins with.
@@ -34,8 +36,9 @@ class NextToken:
 class HeadBatches:
     """One batch for each model and number of stages."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, timings: Timings) -> None:
         self._worker = worker
+        self._timings = timings
         self._batchers: dict[tuple[str, int], Batcher[NextToken, Sampled]] = {}
 
     def submit(
@@ -45,9 +48,17 @@ class HeadBatches:
         key = (model.digest, n_stages)
         if key not in self._batchers:
             self._batchers[key] = Batcher(
-                self._worker, lambda wishes: sample_all(model, wishes), n_groups=n_stages
+                self._worker, lambda wishes: self._sample(model, wishes), n_groups=n_stages
             )
         return self._batchers[key].submit(session, wish, is_short=True)
+
+    def _sample(self, model: LocalModel, wishes: Sequence[NextToken]) -> list[Sampled | CoveyError]:
+        """On the worker's thread."""
+        began_at = time.perf_counter()
+        sampled = sample_all(model, wishes)
+        seconds = time.perf_counter() - began_at
+        self._timings.append(HeadTiming(model.digest, len(wishes), seconds))
+        return sampled
 
     def forget(self, session: str) -> None:
         """The session has ended."""

@@ -113,8 +113,8 @@ class LinkMeter:
     async def _measure(self, peer_id: str) -> None:
         try:
             peer = await self._mesh.peer(peer_id)
-            if peer.busy and peer_id in self._profiles:
-                return  # a session needs the link more than we need the figure
+            if peer.is_needed and peer_id in self._profiles:
+                return  # a session, ours or the peer's, needs it more than we need the figure
             rtt_s, bandwidth = await peer.measure()
             self._losses[peer_id].skip(peer.packets)
             self._probed(
@@ -170,6 +170,8 @@ class LinkMeter:
         known, rtt_s = self._profiles[peer_id], peer.rtt_s
         least = max(NOTABLE_CHANGE * known.rtt_s, NOTABLE_RTT_S)
         if peer.is_needed and rtt_s is not None and rtt_s > known.rtt_s:
+            # On a slow link most of them wait for a prompt to pass: one that did not counts.
+            rtt_s = max(known.rtt_s, peer.least_rtt_s or rtt_s)
             least = max(least, NOTABLE_BUSY_RTT_S)
         is_rtt_new = rtt_s is not None and abs(rtt_s - known.rtt_s) > least
         is_loss_new = loss is not None and abs(loss - known.loss) > NOTABLE_LOSS

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from covey.partition.memory import member_bytes
+from covey.partition.network import Network, one_way_s
 from covey.partition.plan import LayerPlan, Member, StagePlan
-from covey.partition.profile import DeviceProfile
+from covey.partition.profile import DeviceProfile, LinkProfile
 from covey.store.replica import Replica
 from covey.store.schema import Ready
 from covey.transport.errors import ErrorCode, TransportError
@@ -30,6 +31,7 @@ from .engine.lease import LeaseTable
 from .engine.shard import Shard, Slice
 from .engine.stage import Stage
 from .errors import NodeError
+from .group.all_reduce import GroupLink
 from .group.forming import Formed, Groups, form_on
 from .group.spoke import Spoke
 from .group.stage import GroupStage
@@ -45,6 +47,7 @@ logger = logging.getLogger(__name__)
 Role = Literal["alone", "hub", "spoke"]
 
 FORM_AGAIN_S = 0.5  # between attempts to form a group
+DRAINED_S = 0.05  # between looks whether sessions of groups have ended
 FORM_ANEW_S = 4.0  # within a step, whose sessions wait for it
 
 
@@ -112,6 +115,7 @@ class Loading:
         self.groups = Groups(node.switch, lambda: node.lanes)
         self._held: dict[str, Held] = {}  # by plan digest
         self._failed: set[str] = set()  # plans whose stage could not be loaded here
+        self._links: Sequence[LinkProfile] = ()  # as measured by all members
         self._is_withdrawn = False
         self._tasks = Tasks()
 
@@ -130,10 +134,11 @@ class Loading:
 
         Without `device`, the model is not offered from here, and nothing new is loaded.
         """
+        self._links = state.links
         keep = {plan.digest for plan in wanted}
         for digest, held in list(self._held.items()):
             is_ours = held.route.plan.model_digest == model.digest
-            if is_ours and digest not in keep and not self._node.server.sessions_of(digest):
+            if is_ours and digest not in keep and not self._is_in_use(held):
                 await self._unload(held)
         for plan in wanted:
             known = self._held.get(plan.digest)
@@ -145,6 +150,11 @@ class Loading:
                 and self._node.peer_id not in state.ready[plan.digest]
             ):
                 self._say_ready(known)
+
+    async def drained(self) -> None:
+        """Until no group needs a shard of ours for a session; the caller sets a deadline."""
+        while any(held.spoke is not None and held.spoke.is_in_use for held in self):  # noqa: ASYNC110
+            await asyncio.sleep(DRAINED_S)  # spokes hear of the end on threads of their own
 
     def withdraw(self) -> None:
         """Take back our word that parts are ready: the node is stopping."""
@@ -250,6 +260,11 @@ class Loading:
         self._unsay_ready(held)
         await self.groups.remove(digest)
 
+    def _is_in_use(self, held: Held) -> bool:
+        if held.spoke is not None:
+            return held.spoke.is_in_use
+        return self._node.server.sessions_of(held.route.digest) > 0
+
     def _taken_bytes(self) -> int:
         """Memory that all parts take now."""
         taken = sum(stage.taken_bytes for stage in self._node.server.stages.values())
@@ -276,7 +291,8 @@ class Loading:
         held.forming = self._tasks.spawn(self._form_until_it_serves(held, group), "form a group")
 
     async def _form(self, held: Held) -> Formed:
-        return await self.groups.form(held.stage, held.route.digest, held.stage_idx)
+        link = group_link(held.stage, self._links)
+        return await self.groups.form(held.stage, held.route.digest, held.stage_idx, link)
 
     async def _form_until_it_serves(self, held: Held, group: GroupStage) -> None:
         formed: Formed | None = None
@@ -285,18 +301,18 @@ class Loading:
                 formed = await self._form(held)
             except TransportError as error:
                 logger.info("a group is not formed yet: %s", error)
+                self._unsay_ready(held)
                 await asyncio.sleep(FORM_AGAIN_S)
         group.use(formed.reduce)
         n_tokens = min(_kv_tokens(group.shard, held.kv_bytes), formed.kv_tokens)
         self._serve(held, group, n_tokens * group.kv_bytes_per_token)
 
     def _broken(self, held: Held) -> None:
-        """End its sessions, take back our word, and form it anew."""
+        """End its sessions and form it anew; our word stands unless that fails."""
         if not held.is_serving or self._held.get(held.route.digest) is not held:
             return
         held.is_serving = False
         self._node.server.remove(held.route.digest, ErrorCode.PEER_LOST)
-        self._unsay_ready(held)
         if held.group is not None:
             forming = self._form_until_it_serves(held, held.group)
             held.forming = self._tasks.spawn(forming, "form a group")
@@ -327,6 +343,21 @@ class Loading:
 def _ready(held: Held, *, at: float) -> Ready:
     place = held.route.place_in_plan(held.stage_idx)
     return Ready(plan_digest=held.route.digest, stage_idx=place, at=at)
+
+
+def group_link(stage: StagePlan, links: Sequence[LinkProfile]) -> GroupLink | None:
+    """What lies between the members that send each other parts, the worst; None if unknown."""
+    network, peers = Network(links), stage.peers
+    pairs = {*zip(peers, (*peers[1:], peers[0]), strict=True)}
+    pairs |= {(peer, stage.hub) for peer in peers if peer != stage.hub}
+    pairs |= {(receiver, sender) for sender, receiver in pairs}
+    known = [link for pair in sorted(pairs) if (link := network.link(*pair)) is not None]
+    if len(known) < len(pairs):
+        return None
+    return GroupLink(
+        latency_s=max(map(one_way_s, known)),
+        bytes_per_s=min(link.bandwidth_bytes_per_s for link in known),
+    )
 
 
 def _kv_tokens(shard: Shard, kv_bytes: int) -> int:

@@ -3,9 +3,9 @@
 A stage says itself how long it computed, and one that lies about its profile may lie there too. So
 what counts is our own clock: the time from sending a step to having it back, less what our own
 stages took and what the links take. What is left, the others took, whatever they say of it. Only
-what is certain is held against anybody: half as much again for the links and a millisecond are
-taken off, a wait behind other sessions is believed up to the length of a step, and of the steps of
-a session one of the faster counts. Where a step passes several others, time that none of them
+what is certain is held against anybody: half as much again for the links and a millisecond or more
+are taken off, a wait behind other sessions is believed up to the length of a step, and of the steps
+of a session one of the faster counts. Where a step passes several others, time that none of them
 owns up to is shared out by their blocks. Groups are left out: their hub waits for spokes.
 """
 
@@ -35,7 +35,8 @@ MIN_STEPS = 8  # of a session that says anything
 MAX_STEPS = 256  # of a session that are kept
 FASTER = 0.25  # the quantile of a session's steps that counts
 LINK_SLACK = 0.5  # of what the links take
-SLACK_S = 1e-3  # for both ends' event loops
+SLACK_S = 1e-3  # for both ends' event loops,
+SLACK_STEPS = 4  # and so many times what a step costs us beside its blocks: on small boards, more
 WEIGHT = 0.5  # of a new session in the moving average
 NOTABLE = 0.1  # change of an average that is worth telling everybody
 NOTE_EVERY_S = 30.0  # once it rests on a few sessions
@@ -100,7 +101,8 @@ class Observing:
             logger.debug("a session says nothing of its members: %s", error)
             return
         averages = self._averages(model.digest)
-        for peer_id, ratio in slower_than_said(terms, self._own, steps).items():
+        slack_s = SLACK_S + SLACK_STEPS * state.claimed[self._own].step_s
+        for peer_id, ratio in slower_than_said(terms, self._own, steps, slack_s).items():
             decode_s = ratio * state.claimed[peer_id].decode_s_per_block
             self._add(averages, peer_id, min(max(decode_s, MIN_SECONDS), MAX_SECONDS))
         self._publish(model.digest, averages)
@@ -144,16 +146,19 @@ class Observing:
         self._replica.set(record.key, record.to_value())
 
 
-def slower_than_said(terms: Terms, own: str, steps: Sequence[SeenStep]) -> dict[str, float]:
+def slower_than_said(
+    terms: Terms, own: str, steps: Sequence[SeenStep], slack_s: float = SLACK_S
+) -> dict[str, float]:
     """How many times longer than it says each other member certainly took; groups are left out.
 
     Args:
         terms: of the pipeline with `own` as its head, by what its members say of themselves.
         own: the head, whose clock and whose own stages are believed.
         steps: of single tokens, one in flight at a time.
+        slack_s: of each step, that nobody is blamed for.
     """
     links_s = sum(border.decode_s for border in terms.borders)
-    off_s = links_s * (1.0 + LINK_SLACK) + SLACK_S
+    off_s = links_s * (1.0 + LINK_SLACK) + slack_s
     theirs = {
         idx: stage
         for idx, stage in enumerate(terms.stages)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from covey.errors import CoveyError
@@ -192,6 +192,27 @@ class Pipelines:
 
     def __iter__(self) -> Iterator[PipelineSession]:
         return iter(list(self._sessions.values()))
+
+    def pick(self, routes: Sequence[Route], linked: Collection[str]) -> Route:
+        """Of the pipelines of a plan, the one for the next session.
+
+        First one whose hubs we have links to, ourselves included; then the one with the fewest of
+        our sessions; then one that begins here, so that no border is in front of it.
+        """
+
+        def how_taken(route: Route) -> tuple[int, int, bool, int]:
+            return (
+                len(set(route.peers).difference(linked)),
+                sum(
+                    (session.route.digest, session.route.pipeline_idx)
+                    == (route.digest, route.pipeline_idx)
+                    for session in self
+                ),
+                route.peers[0] != self._switch.own_peer_id,
+                route.pipeline_idx,
+            )
+
+        return min(routes, key=how_taken)
 
     async def open(
         self,

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -203,7 +204,10 @@ class Planning:
             measure = partial(
                 device_profile, model, node.config, node.peer_id, node.home, progress=progress
             )
-            self._devices[model.digest] = (await node.loader.run(measure)).value
+            device = (await node.loader.run(measure)).value
+            known = self.state(model).claimed.get(node.peer_id)  # what an earlier life published
+            version = 1 if known is None else known.version + 1
+            self._devices[model.digest] = replace(device, version=version)
         self.measured_share = 1.0
         self._publish_profiles()
 

@@ -2,9 +2,10 @@
 
 The quick measurement at the start saw some blocks for a second or two. What a stage takes later,
 with all its blocks, other people's programs and the weather in the case, corrects those figures: by
-a factor for decode in each batch, and one for prefill. They are published again only when one has
-changed by more than a tenth, and not often, since every publication costs all members and may make
-them plan anew. A device that has not been used for long is what it was measured to be.
+a factor for each batch of decode and of the head's work, and one for prefill. They are published
+again only when one has changed by more than a tenth, and not often, since every publication costs
+all members and may make them plan anew. A device that has not been used for long is what it was
+measured to be.
 
 Groups and stages that stream from disk are left out: their steps wait for more than this device
 computes.
@@ -15,9 +16,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean, median
+from typing import Literal
 
 from covey.partition.profile import (
     MAX_SECONDS,
@@ -25,22 +27,22 @@ from covey.partition.profile import (
     STEP_BATCHES,
     DeviceProfile,
 )
-from covey.partition.speed import PREFILL_DEPTH_SHARE, block_step_s, prefill_s
+from covey.partition.speed import PREFILL_DEPTH_SHARE, block_step_s, head_step_s, prefill_s
 
 from .engine.measure import rising
 
 LOOK_S = 5.0
-PUBLISH_EVERY_S = 60.0
+PUBLISH_EVERY_S = 30.0
 NOTABLE = 0.1
 FORGET_S = 3600.0  # without a step
-WEIGHT = 0.3  # of a new sample in the moving average
+WEIGHT = 0.3  # of a new sample in the moving average, once there are a few
 SAMPLE_STEPS = 16  # decode steps that one sample is the median of; prefill chunks are longer
 SAMPLE_CHUNKS = 3
 MIN_CHUNK = 16  # rows; fewer are neither decode nor prefill
 MAX_KEPT = 4096  # timings between two looks
 LOWEST, HIGHEST = 0.1, 100.0  # factors beyond say that something else is wrong
 
-_PREFILL = 0  # beside the batches of decode
+Kind = tuple[Literal["decode", "prefill", "head"], int]  # and for how many sessions at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,45 +56,63 @@ class Timing:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class HeadTiming:
+    """One batch of the head's own work: logits, sampling, the next embedding."""
+
+    model_digest: str
+    n_sessions: int
+    seconds: float
+
+
+Timings = deque[Timing | HeadTiming]
+
+
 @dataclass(slots=True)
 class Refinement:
     """One model's profile, and by what factors its steps differ from it. Pure."""
 
     base: DeviceProfile
-    factors: dict[int, float] = field(default_factory=dict)  # by batch; `_PREFILL`
-    _samples: dict[int, list[float]] = field(default_factory=dict)
+    factors: dict[Kind, float] = field(default_factory=dict)
+    _samples: dict[Kind, list[float]] = field(default_factory=dict)
+    _n_samples: dict[Kind, int] = field(default_factory=dict)
 
-    def add(self, timing: Timing) -> None:
+    def add(self, timing: Timing | HeadTiming) -> None:
         """Take a batch into account, if its kind was measured."""
-        kind, expected_s = self._expected(timing)
-        if kind is None or expected_s <= 0:
+        expected = self._expected(timing)
+        if expected is None or expected[1] <= 0:
             return
+        kind, expected_s = expected
         samples = self._samples.setdefault(kind, [])
         samples.append(timing.seconds / expected_s)
-        if len(samples) >= (SAMPLE_CHUNKS if kind == _PREFILL else SAMPLE_STEPS):
+        if len(samples) >= (SAMPLE_CHUNKS if kind[0] == "prefill" else SAMPLE_STEPS):
             sample = min(max(median(samples), LOWEST), HIGHEST)
             known = self.factors.get(kind, 1.0)
-            self.factors[kind] = known + WEIGHT * (sample - known)
+            n_before = self._n_samples.get(kind, 0)
+            # Of the first ones the plain mean: what was measured at the start, when nodes are
+            # busiest, is not to hold them back.
+            weight = max(WEIGHT, 1 / (n_before + 1))
+            self.factors[kind] = known + weight * (sample - known)
+            self._n_samples[kind] = n_before + 1
             samples.clear()
 
     def profile(self) -> DeviceProfile:
         """The figures of `base` as they are now; of batches that nobody saw, as the nearest."""
-        base, prefill = self.base, self.factors.get(_PREFILL, 1.0)
-        alone, *batches = rising(
-            [
-                _bounded(seconds * self._decode_factor(batch))
-                for batch, seconds in zip(
-                    STEP_BATCHES,
-                    (base.decode_s_per_block, *base.batch_decode_s_per_block),
-                    strict=False,
-                )
-            ]
+        base, prefill = self.base, self.factors.get(("prefill", 1), 1.0)
+        alone, *batches = self._refined(
+            "decode", base.decode_s_per_block, *base.batch_decode_s_per_block
+        )
+        # A step's overhead is in each of the head's figures, and no part of what was timed.
+        head, *batch_head = self._refined(
+            "head", *(s - base.step_s for s in (base.head_s, *base.batch_head_s))
         )
         return replace(
             base,
             decode_s_per_block=alone,
             batch_decode_s_per_block=tuple(batches),
-            depth_s_per_block=_bounded(base.depth_s_per_block * self._decode_factor(1), low=0.0),
+            head_s=_bounded(head + base.step_s),
+            batch_head_s=tuple(_bounded(seconds + base.step_s) for seconds in batch_head),
+            depth_s_per_block=_bounded(base.depth_s_per_block * self._factor("decode", 1), low=0.0),
             prefill_s_per_token_per_block=_bounded(base.prefill_s_per_token_per_block * prefill),
             prefill_s_per_block=tuple(
                 (n_tokens, _bounded(seconds * prefill))
@@ -100,7 +120,13 @@ class Refinement:
             ),
         )
 
-    def differs(self, published: dict[int, float]) -> bool:
+    def forget(self) -> None:
+        """What was seen until now was long ago."""
+        self.factors.clear()
+        self._samples.clear()
+        self._n_samples.clear()
+
+    def differs(self, published: Mapping[Kind, float]) -> bool:
         """Whether a factor is another than the published ones by more than noise."""
         kinds = self.factors.keys() | published.keys()
         return any(
@@ -108,23 +134,36 @@ class Refinement:
             for kind in kinds
         )
 
-    def _expected(self, timing: Timing) -> tuple[int | None, float]:
+    def _expected(self, timing: Timing | HeadTiming) -> tuple[Kind, float] | None:
+        """The kind of a batch, and what it takes by `base`; None if that does not say."""
+        if isinstance(timing, HeadTiming):
+            seconds = head_step_s(self.base, timing.n_sessions) - self.base.step_s
+            return ("head", _nearest(timing.n_sessions)), seconds
         n_sessions = len(timing.rows)
         if max(timing.rows) == 1:
             depth = round(fmean(timing.positions))
-            kind = min(STEP_BATCHES, key=lambda batch: abs(batch - n_sessions))
-            return kind, timing.n_blocks * block_step_s(self.base, n_sessions, depth)
+            seconds = timing.n_blocks * block_step_s(self.base, n_sessions, depth)
+            return ("decode", _nearest(n_sessions)), seconds
         if n_sessions == 1 and timing.rows[0] >= MIN_CHUNK:
             rows, before = timing.rows[0], timing.positions[0]
             depth_s = PREFILL_DEPTH_SHARE * rows * before * self.base.depth_s_per_block
-            return _PREFILL, timing.n_blocks * (prefill_s(self.base, rows) + depth_s)
-        return None, 0.0
+            return ("prefill", 1), timing.n_blocks * (prefill_s(self.base, rows) + depth_s)
+        return None
 
-    def _decode_factor(self, batch: int) -> float:
-        seen = [kind for kind in self.factors if kind != _PREFILL]
+    def _refined(self, work: Literal["decode", "head"], *seconds: float) -> list[float]:
+        """Figures of each of `STEP_BATCHES`, or of the first alone, as they are now."""
+        return rising(
+            [
+                _bounded(each * self._factor(work, batch))
+                for batch, each in zip(STEP_BATCHES, seconds, strict=False)
+            ]
+        )
+
+    def _factor(self, work: Literal["decode", "head"], batch: int) -> float:
+        seen = [of for kind, of in self.factors if kind == work]
         if not seen:
             return 1.0
-        return self.factors[min(seen, key=lambda kind: (abs(kind - batch), kind))]
+        return self.factors[work, min(seen, key=lambda of: (abs(of - batch), of))]
 
 
 class Refining:
@@ -140,7 +179,7 @@ class Refining:
     def __init__(
         self,
         devices: MutableMapping[str, DeviceProfile],
-        timings: deque[Timing],
+        timings: Timings,
         publish: Callable[[], None],
         clock: Callable[[], float],
     ) -> None:
@@ -149,7 +188,7 @@ class Refining:
         self._publish = publish
         self._clock = clock
         self._models: dict[str, Refinement] = {}
-        self._published: dict[str, dict[int, float]] = {}  # the factors, by model
+        self._published: dict[str, dict[Kind, float]] = {}  # the factors, by model
         self._published_at: dict[str, float] = {}
         self._used_at: dict[str, float] = {}
 
@@ -173,12 +212,12 @@ class Refining:
         is_changed = False
         for digest, refinement in self._models.items():
             if now - self._used_at[digest] > FORGET_S:
-                refinement.factors.clear()
+                refinement.forget()
             is_changed |= self._refine(digest, refinement, now)
         if is_changed:
             self._publish()
 
-    def _taken(self) -> Sequence[Timing]:
+    def _taken(self) -> Sequence[Timing | HeadTiming]:
         return [self._timings.popleft() for _ in range(len(self._timings))]
 
     def _refine(self, digest: str, refinement: Refinement, now: float) -> bool:
@@ -193,6 +232,11 @@ class Refining:
             refinement.profile(), version=device.version + 1, measured_at=time.time()
         )
         return True
+
+
+def _nearest(n_sessions: int) -> int:
+    """The batch that was measured and is most like one of so many."""
+    return min(STEP_BATCHES, key=lambda batch: abs(batch - n_sessions))
 
 
 def _bounded(seconds: float, low: float = MIN_SECONDS) -> float:

@@ -184,6 +184,7 @@ class Node:
             context_tokens=config.context_tokens,
             max_sessions=config.max_sessions,
             observe=self.observing.saw,
+            timings=self.server.timings,
         )
         self._known = entry.known
         self.desk = Desk(self)
@@ -264,6 +265,7 @@ class Node:
         with suppress(TimeoutError):
             async with asyncio.timeout_at(give_up_at):
                 await self.server.drained()
+                await self.planning.loading.drained()
         await self.pipelines.aclose()
         await self.server.aclose()
         await self.planning.loading.aclose()
@@ -400,17 +402,7 @@ class Node:
         routes = self.planning.routes(model.digest)
         if not routes:
             raise NotReady(name, self.planning.why_not(model.digest))
-        return model, min(routes, key=self._how_taken)
-
-    def _how_taken(self, route: Route) -> tuple[int, int, bool, int]:
-        """Of several pipelines, the least is for the next session."""
-        linked = self.mesh.peers.keys() | {self.peer_id}
-        return (
-            len(set(route.peers) - linked),
-            sum(session.route is route for session in self.pipelines),
-            route.peers[0] != self.peer_id,  # nothing in front of its first stage
-            route.pipeline_idx,
-        )
+        return model, self.pipelines.pick(routes, self.mesh.peers.keys() | {self.peer_id})
 
 
 @asynccontextmanager

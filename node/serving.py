@@ -37,7 +37,7 @@ from .engine.stage import Stage, Step, StepResult
 from .engine.tensors import HiddenStates
 from .hidden import WrongTensor, pack, unpack
 from .prefix import bound_to_head
-from .refining import MAX_KEPT, Timing
+from .refining import MAX_KEPT, Timing, Timings
 from .route import Route
 from .switch import Switch, WrongFrame, code_of
 from .worker import Done, Worker
@@ -112,7 +112,7 @@ class StageServer:
         self._hold = hold
         self._stages: dict[str, LoadedStage] = {}  # by plan digest
         self._sessions: dict[str, _Session] = {}
-        self.timings: deque[Timing] = deque(maxlen=MAX_KEPT)  # for who wants to know
+        self.timings: Timings = deque(maxlen=MAX_KEPT)  # for who wants to know
         self._is_refusing = False
         self._is_idle = asyncio.Event()
         self._is_idle.set()

@@ -164,35 +164,35 @@ class _Local:
 
     def _moves(self, chain: Way) -> Iterator[Way]:
         k = len(chain)
-        for unit in map(int, self._worth):
-            yield from self._put_in(chain, unit)
+        yield from self._with_one_more(chain, self._worth)
+        for unit in self._worth.tolist():  # in place of all that it shares devices with
+            rest = tuple(one for one in chain if not self._masks[one] & self._masks[unit])
+            if len(rest) < k:
+                yield from self._with_one_more(rest, np.array([unit])) if rest else [(unit,)]
         for i in range(k):
             rest = chain[:i] + chain[i + 1 :]
             if rest:
                 yield rest
-                for unit in map(int, self._worth[:_CANDIDATES]):
-                    if unit not in chain:
-                        yield from self._put_in(rest, unit)
+                yield from self._with_one_more(rest, self._worth[:_CANDIDATES])
             for p in range(k):
                 yield (*rest[:p], chain[i], *rest[p:])
             for j in range(i + 2, k + 1):
                 yield chain[:i] + chain[i:j][::-1] + chain[j:]
 
-    def _put_in(self, chain: Way, unit: int) -> Iterator[Way]:
-        """`unit` where it makes the way least longer, and those with its devices out."""
-        masks, hops, hub = self._masks, self._hops, self._hubs[unit]
-        rest = tuple(other for other in chain if not masks[other] & masks[unit])
-        if unit in chain or not rest:
-            yield (unit,)
-            return
-        hubs = [self._hubs[other] for other in rest]
-        longer = [
-            hops[before][hub] + hops[hub][after] - min(hops[before][after], _FAR_S)
-            for before, after in zip(hubs, hubs[1:] + hubs[:1], strict=True)
-        ]
-        p = longer.index(min(longer)) + 1
-        yield (*rest[:p], unit, *rest[p:])
-        yield (unit, *rest)
+    def _with_one_more(self, chain: Way, units: Ints) -> Iterator[Way]:
+        """Each of the units that shares no device with the chain put in: at the beginning, and where
+        it makes the way least longer."""
+        instance, used = self._instance, 0
+        for one in chain:
+            used |= self._masks[one]
+        units = units[instance.mask[units] & used == 0]
+        new, hubs = instance.hub[units], instance.hub[list(chain)]
+        after = np.roll(hubs, -1)
+        there_s = self._hop_s[np.ix_(hubs, new)] + self._hop_s[np.ix_(new, after)].T
+        place = (there_s - np.minimum(self._hop_s[hubs, after], _FAR_S)[:, None]).argmin(axis=0)
+        for unit, before in zip(units.tolist(), place.tolist(), strict=True):
+            yield (*chain[: before + 1], unit, *chain[before + 1 :])
+            yield (unit, *chain)
 
 
 def _sure_caps(instance: Instance) -> Ints:

@@ -62,7 +62,8 @@ def objectives(instance: Instance, chains: Chains) -> Floats:
     chunks_s = np.maximum(overhead_s + n * instance.chunk_s[units], read_s)
     slowest_s = np.maximum(chunks_s.max(axis=1), chunk_wire_s.max(axis=1))
     ttft_s = (
-        chunks_s.sum(axis=1)
+        instance.round_trip_s[head[:, None], hubs].max(axis=1)
+        + chunks_s.sum(axis=1)
         + (latency_s + chunk_wire_s).sum(axis=1)
         + (instance.n_chunks - 1) * slowest_s
         + back_s

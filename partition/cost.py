@@ -8,7 +8,8 @@ modelled: several borders sharing one network card.
     step of a stage    step_s + n_blocks * seconds of a block, of a batch at its depth; of a group,
                        with both sums of partial sums; not less than the disk takes for what streams
     TPOT               head + stages + borders (latency + wire), of a batch of one
-    TTFT               the first chunk through everything, the others behind the slowest part of it
+    TTFT               the session opened on all stages, the first chunk through everything, the
+                       others behind the slowest part of it
     throughput         of batches of 1, 2, 4, 8, what gives most: a batch per time of the busiest
                        device or link, and all sessions once per time around
     memory             weights + KV cache of all sessions at full context + the head's weights
@@ -127,6 +128,7 @@ def price(
             _stage_term(stage, layout, devices, network, request, head) for stage in stages
         ),
         borders=_borders(stages, layout, network, request, head, codecs, index_pattern),
+        open_s=max(network.round_trip_s(head, stage.hub) for stage in stages),
         n_chunks=request.n_chunks,
         n_sessions=request.n_sessions,
     )

@@ -47,6 +47,7 @@ class Instance:
     ends: Ints  # [u, b]: furthest end of a span that starts at b and fits
     head_ends: Ints  # [u, b]: the same of the first stage
     latency_s: Floats  # [d, e]; inf: no link
+    round_trip_s: Floats  # [d, e] of a short message; 0: no link
     wire_s: Floats  # [d, e, b] of one token, cut in front of b
     chunk_wire_s: Floats  # [d, e, b]
     #: [u, 2, start, n], as `Room.read_s`; None: everything is in memory.
@@ -172,6 +173,7 @@ def build_instance(
         ends=np.array([room.ends for _, room in found]).reshape(-1, layout.n_blocks + 1),
         head_ends=np.array([room.head_ends for _, room in found]).reshape(-1, layout.n_blocks + 1),
         latency_s=latency_s,
+        round_trip_s=np.array([[network.round_trip_s(d, e) for e in peers] for d in peers]),
         wire_s=wire_s,
         chunk_wire_s=chunk_wire_s,
         read_s=np.stack(reads) if reads else None,

@@ -15,6 +15,9 @@ from .speed import on_grid
 PACKET_BYTES = 1400
 ALONE_LOST_S = 0.2
 LOST_ROUND_TRIPS = 10
+# Of a prompt's hundred packets several are lost and sent again while the others go on: measured at
+# 40 ms and 4 %, 74 KB and 295 KB came 0.10 and 0.40 s late.
+PROMPT_LOST_ROUND_TRIPS = 1.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +29,7 @@ class BorderTerm:
     kind: LinkKind | None  # None: no link, sender and receiver are one device
     latency_s: float  # one way, with what lost packets cost on average
     wire_s: float  # bytes of one token / bandwidth
-    chunk_wire_s: float  # bytes of one prefill chunk / bandwidth
+    chunk_wire_s: float  # of one prefill chunk, with what is lost of it sent again
     token_bytes: int = 0  # on the wire, indices included
 
     @property
@@ -74,15 +77,26 @@ class Network:
         if link is None:
             return None
         per_byte_s = 1.0 / link.bandwidth_bytes_per_s
+        chunk_bytes = token_bytes * chunk_tokens
+        n_lost = link.loss * chunk_bytes / PACKET_BYTES
         return BorderTerm(
             sender=sender,
             receiver=receiver,
             kind=link.kind,
             latency_s=on_grid(one_way_s(link, token_bytes)),
             wire_s=on_grid(token_bytes * per_byte_s),
-            chunk_wire_s=on_grid(token_bytes * chunk_tokens * per_byte_s),
+            chunk_wire_s=on_grid(
+                chunk_bytes * per_byte_s + n_lost * PROMPT_LOST_ROUND_TRIPS * link.rtt_s
+            ),
             token_bytes=token_bytes,
         )
+
+    def round_trip_s(self, one: str, other: str) -> float:
+        """A short message and its answer; 0 where nothing was measured, or both are one."""
+        if one == other:
+            return 0.0
+        ways = (self.link(one, other), self.link(other, one))
+        return sum(on_grid(one_way_s(link)) for link in ways if link is not None)
 
 
 def one_way_s(link: LinkProfile, n_bytes: int = 0) -> float:

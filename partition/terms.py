@@ -68,6 +68,7 @@ class Terms:
     head_steps_s: Steps  # the head's own work: embedding, norm, logits, sampling
     stages: tuple[StageTerm, ...]
     borders: tuple[BorderTerm, ...]  # [n_stages + 1]
+    open_s: float  # until all stages have opened a session and said so, at the same time
     n_chunks: int
     n_sessions: int
 
@@ -83,7 +84,8 @@ class Terms:
 
     @property
     def ttft_s(self) -> float:
-        """The first chunk through the pipe, the others behind its slowest part, the way back.
+        """Opening, the first chunk through the pipe, the others behind its slowest part, the way
+        back.
 
         Only the last position of the prompt returns to the head.
         """
@@ -92,6 +94,7 @@ class Terms:
         slowest = max(
             max(stage.chunk_s for stage in self.stages), max(b.chunk_wire_s for b in forth)
         )
+        first += self.open_s
         return first + (self.n_chunks - 1) * slowest + self.borders[-1].decode_s + self.head_s
 
     @property

@@ -8,6 +8,8 @@ Each node starts alone, since it measures what it can do as it starts.
 from __future__ import annotations
 
 import secrets
+import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from covey.cli.child import NodeProcess, wait_for
+from covey.node.links import SETTLE_S
 
 from . import namespaces
 from .asker import Asker
@@ -28,6 +31,10 @@ from .topology import Host, Topology
 SCALE = 0.5
 MAX_LOAD = 1.6  # of two cores
 PROFILED_S = 60.0
+ONCE_PROFILED_S = 300.0  # of a model that is large for the device
+# A new link is probed at once and after each of these pauses, for so many round trips each time.
+N_PROBES = 1 + len(SETTLE_S)
+PROBE_S, PROBE_ROUND_TRIPS = 0.5, 20
 SESSIONS = 4  # at once, as plans reckon with
 CONTEXT = 512
 
@@ -58,7 +65,7 @@ class Member:
         return self.device.memory_bytes if self.memory is None else self.memory
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Fleet:
     """A swarm that runs: everything by the names of its nodes, the founder's first."""
 
@@ -67,11 +74,16 @@ class Fleet:
     machines: dict[str, Machine] = field(default_factory=dict)
     nodes: dict[str, NodeProcess] = field(default_factory=dict)
     askers: dict[str, Asker] = field(default_factory=dict)
+    began_at: float = field(default_factory=time.monotonic)  # when all of it was up
 
     @property
     def founder(self) -> str:
         """The name of the first node."""
         return next(iter(self.nodes))
+
+    def settle(self) -> None:
+        """Wait until nodes no longer probe each other's links because these are new."""
+        time.sleep(max(0.0, self.began_at + settling_s(self.members) - time.monotonic()))
 
     def check(self) -> None:
         """Raise LabBroken if a node has ended."""
@@ -90,6 +102,13 @@ def named(members: Sequence[Member]) -> dict[str, Member]:
     return names
 
 
+def settling_s(members: Mapping[str, Member]) -> float:
+    """How long after the last member has joined links are still probed because they are new."""
+    cables_s = sorted(PRESETS[member.link].rtt_ms / 1e3 for member in members.values())
+    probe_s = PROBE_S + PROBE_ROUND_TRIPS * sum(cables_s[-2:])
+    return sum(SETTLE_S) + N_PROBES * probe_s
+
+
 def topology(members: Mapping[str, Member]) -> Topology:
     """Every member with a cable of its own on one network."""
     hosts = [Host(name=name, link=PRESETS[member.link]) for name, member in members.items()]
@@ -105,6 +124,7 @@ def running_fleet(
     *,
     options: Sequence[str] = (),
     n_sessions: int = SESSIONS,
+    are_alike: bool = False,
 ) -> Iterator[Fleet]:
     """A lab and a node for each member, all of them measured.
 
@@ -115,6 +135,8 @@ def running_fleet(
         folder: for homes and logs, on disk.
         options: of every node, besides.
         n_sessions: texts that may be asked for at once, at each of them.
+        are_alike: the first alone measures itself, in minutes if need be; the others have its
+            figures from before.
 
     Raises:
         LabBroken, LabUnavailable, CoveyError: it does not come up.
@@ -128,7 +150,18 @@ def running_fleet(
         for name, member in members.items():
             machine = Machine(lab.machines[name], folder / name, has_own_caches=False)
             words = [*_options(member), *options]
-            _start(fleet, stack, machine, source, words, max_blocks=member.max_blocks)
+            if are_alike and fleet.machines:
+                _hand_on_profile(fleet.machines[fleet.founder], machine)
+            profiled_s = ONCE_PROFILED_S if are_alike else PROFILED_S
+            _start(
+                fleet,
+                stack,
+                machine,
+                source,
+                words,
+                max_blocks=member.max_blocks,
+                profiled_s=profiled_s,
+            )
         _go_and_ask(fleet, stack, n_sessions)
         yield fleet
 
@@ -185,9 +218,10 @@ def _start(
     options: Sequence[str],
     *,
     max_blocks: int | None = None,
+    profiled_s: float = PROFILED_S,
 ) -> None:
     """Start a node and wait until it has measured itself, so that nobody disturbs it."""
-    machine.folder.mkdir(parents=True)
+    machine.folder.mkdir(parents=True, exist_ok=True)
     if fleet.nodes:
         invite = fleet.nodes[fleet.founder].facts["invite"]
         words = ["join", invite, "--model", source]
@@ -198,7 +232,14 @@ def _start(
     fleet.machines[machine.name], fleet.nodes[machine.name] = machine, node
     node.wait_until_up()
     profile = machine.home / "profile.json"
-    wait_for(profile.exists, PROFILED_S, f"{machine.name} does not measure itself")
+    wait_for(profile.exists, profiled_s, f"{machine.name} does not measure itself")
+
+
+def _hand_on_profile(measured: Machine, machine: Machine) -> None:
+    """A machine finds in its home what another of its kind has measured."""
+    machine.folder.mkdir(parents=True)
+    machine.home.mkdir(mode=0o700)
+    shutil.copyfile(measured.home / "profile.json", machine.home / "profile.json")
 
 
 def _go_and_ask(fleet: Fleet, stack: ExitStack, n_sessions: int) -> None:
@@ -212,6 +253,7 @@ def _go_and_ask(fleet: Fleet, stack: ExitStack, n_sessions: int) -> None:
             PROFILED_S,
             f"the founder hears nothing of what {name} can do",
         )
+    fleet.began_at = time.monotonic()
 
 
 def _options(member: Member) -> list[str]:

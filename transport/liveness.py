@@ -6,8 +6,11 @@ estimate is Jacobson's (RFC 6298, section 2).
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from enum import Enum, auto
+
+RTT_WINDOW = 10  # answers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +40,7 @@ class Liveness:
         self.rules = rules or LivenessRules()
         self.srtt_s: float | None = None
         self._rttvar_s = 0.0
+        self._last_rtts_s: deque[float] = deque(maxlen=RTT_WINDOW)
         self._heard_at = now
         self._spoke_at = now
         self._pinged_at = now
@@ -44,6 +48,11 @@ class Liveness:
         self._peer_pinged_at = float("-inf")
         self._peer_needed_at = float("-inf")
         self._busy_since: float | None = None
+
+    @property
+    def least_rtt_s(self) -> float | None:
+        """The quickest of the last answers: what the way takes when nothing is in front of it."""
+        return min(self._last_rtts_s, default=None)
 
     def set_busy(self, *, is_busy: bool, now: float) -> None:
         """Sessions began or ceased to depend on the link."""
@@ -61,6 +70,7 @@ class Liveness:
     def moved(self, *, now: float) -> None:
         """The link goes another way from now on: its times are to be measured anew."""
         self.srtt_s, self._rttvar_s = None, 0.0
+        self._last_rtts_s.clear()
         self._heard_at = now
         self._pinged_at = self._spoke_at = now - self.rules.idle_ping_s  # ask at once
 
@@ -85,6 +95,7 @@ class Liveness:
 
     def measured(self, rtt_s: float) -> None:
         """A Pong came after `rtt_s`."""
+        self._last_rtts_s.append(rtt_s)
         if self.srtt_s is None:
             self.srtt_s, self._rttvar_s = rtt_s, rtt_s / 2
         else:

@@ -380,12 +380,14 @@ class LaneEnd(Message, tag="lane-end", frozen=True, kw_only=True):
 class JoinGroup(Message, tag="join-group", frozen=True, kw_only=True):
     """The hub of a stage asks one of its members to take part; answered by GroupJoined.
 
-    Lanes for this `call` follow, and end those of earlier ones (`node/group/forming.py`).
+    Lanes for this `call` follow, and end those of earlier ones (`node/group/forming.py`); with
+    `has_ring`, also one between each two members that are next to each other.
     """
 
     plan: Digest
     stage_idx: StageIdx
     call: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    has_ring: bool = False
 
 
 class GroupJoined(Message, tag="group-joined", frozen=True, kw_only=True):

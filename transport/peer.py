@@ -88,6 +88,11 @@ class Peer:
         return self._liveness.srtt_s
 
     @property
+    def least_rtt_s(self) -> float | None:
+        """The quickest of the last round trips; None before the first answer."""
+        return self._liveness.least_rtt_s
+
+    @property
     def busy(self) -> bool:
         """Whether a session depends on this link."""
         return self._holds > 0

@@ -147,7 +147,7 @@ class AllReduce:
         """As `sum`, but exactly, and only the hub gets it; None elsewhere. Raises as `sum`."""
         values, total = self._begin(partial, shape, epoch), None
         if self.is_hub:
-            total = self._add_up(_exactly(values), shape, "star").reshape(shape)
+            total = self._add_up(_exactly(values), shape, None).reshape(shape)
         else:
             self._send_part(self.hub_idx, values, shape, self._exact)
         self._end()
@@ -191,6 +191,10 @@ class AllReduce:
         self._rings = header.rings
         self._end()
         return header.epoch, message[HEADER_BYTES:]
+
+    def drop_rings(self) -> None:
+        """At the hub: a member lacks a lane. From the next word on, nothing goes round a ring."""
+        self._chooser, self._rings = None, 0
 
     def abort(self) -> None:
         """End this epoch for every member: this one cannot go on."""
@@ -271,37 +275,36 @@ class AllReduce:
             self._exchange.send(rank, header, body)
         return self._add_up(own, shape, "direct")
 
-    def _add_up(self, own: Part | None, shape: Shape, algorithm: Algorithm) -> Floats:
-        """Everybody's part, added in rank order as far as they have come."""
+    def _add_up(self, own: Part | None, shape: Shape, algorithm: Algorithm | None) -> Floats:
+        """Everybody's part, added in rank order as far as they have come.
+
+        It is a round of `algorithm`, or none that counts.
+        """
         self._sum.start(prod(shape))
         parts: dict[int, Part | None] = {self.rank: own}
         started = self._clock()
         arrived = [0.0] * self.n_members
         busy = [self._busy_us / 1e6] * self.n_members
         pending = list(self._exchange.others)
-        perhaps: Sequence[int] = tuple(pending)  # whose part may be here
         deadline = self._exchange.deadline()
         n_added, is_begun = 0, False
-        while True:
-            for rank in perhaps:
-                found = self._exchange.poll(rank)
-                if found is None:
-                    continue
-                header, parts[rank] = self._check_part(found, shape)
-                busy[rank], arrived[rank] = header.busy_us / 1e6, self._clock() - started
-                pending.remove(rank)
+        while n_added < self.n_members:
             while n_added in parts:
                 part = parts.pop(n_added)
                 n_added += 1
                 if part is not None:
                     (self._sum.add if is_begun else self._sum.put)(*part)
                     is_begun = True
-            if not pending:
-                break
-            perhaps = self._exchange.wait(pending, deadline)
+            for rank in self._exchange.wait(pending, deadline) if pending else ():
+                found = self._exchange.poll(rank)
+                if found is not None:
+                    header, parts[rank] = self._check_part(found, shape)
+                    busy[rank], arrived[rank] = header.busy_us / 1e6, self._clock() - started
+                    pending.remove(rank)
         if not is_begun:
             self._sum.values[:] = 0.0
-        self._note(algorithm, shape, busy, arrived)
+        if algorithm is not None:
+            self._note(algorithm, shape, busy, arrived)
         return self._sum.values
 
     def _check_part(

@@ -33,7 +33,10 @@ class WrongWord(NodeError):
 
 
 class Keep(Struct, frozen=True, tag="keep", forbid_unknown_fields=True):
-    """An attempt begins: close every session but these. Answered by which of them are not here."""
+    """An attempt begins: close every session but these. Answered by what is not here.
+
+    That is a lane of the ring, if there is to be one, and each of the sessions.
+    """
 
     sessions: Annotated[list[SessionId], Meta(max_length=MAX_SESSIONS)]
 

@@ -94,22 +94,22 @@ class Exchange:
 
     def receive(self, rank: int) -> tuple[Header, memoryview]:
         """The next message of this epoch from a member. Raises ReduceAborted."""
-        found = self.poll(rank)
         deadline = self.deadline()
-        while found is None:
+        while True:
             self.wait((rank,), deadline)
             found = self.poll(rank)
-        return found
+            if found is not None:
+                return found
 
     def deadline(self) -> float:
         """Until when something must have come that is waited for from now on."""
         return self._clock() + self._timeout_s
 
     def wait(self, ranks: Sequence[int], deadline: float) -> Sequence[int]:
-        """Until one of them may have sent something; which may. Raises ReduceAborted at the end.
-
-        What a lane has in memory already does not show: `poll` each before.
-        """
+        """Until one of them may have sent something; which may. Raises ReduceAborted at the end."""
+        unseen = [r for r in ranks if r in self._held or self._lanes[r].has_unseen()]
+        if unseen:
+            return unseen
         key = tuple(ranks)
         readiness = self._readiness.get(key)
         if readiness is None:

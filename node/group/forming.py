@@ -10,12 +10,13 @@ import asyncio
 import logging
 import os
 import secrets
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast, get_args
 
 from covey.node.errors import ConfigError
 from covey.node.switch import Switch, UnexpectedMessage
+from covey.partition.allreduce import MAX_DIRECT
 from covey.partition.plan import StagePlan
 from covey.transport.errors import ErrorCode, RefusedByPeer, TransportError
 from covey.transport.lane.lane import Lane, LaneKind
@@ -23,7 +24,7 @@ from covey.transport.lane.opening import ALL_KINDS, Lanes
 from covey.transport.messages import GroupJoined, JoinGroup
 from covey.transport.tasks import Tasks
 
-from .all_reduce import AllReduce
+from .all_reduce import AllReduce, GroupLink
 from .codec import SumCodec
 from .errors import GroupBroken
 from .spoke import Spoke
@@ -76,14 +77,23 @@ class Groups:
         self._tasks = Tasks()
         switch.on_request(JoinGroup, self._asked)
 
-    async def form(self, stage: StagePlan, plan: str, stage_idx: int) -> Formed:
+    async def form(
+        self, stage: StagePlan, plan: str, stage_idx: int, link: GroupLink | None = None
+    ) -> Formed:
         """Call the spokes of a stage together; this node is its hub.
+
+        Args:
+            stage: to be formed.
+            plan: digest of its plan.
+            stage_idx: its place in its pipeline.
+            link: what lies between its members, if that is known: large sums may go round a ring.
 
         Raises:
             TransportError: one of them cannot be reached, is not ready or gets no lane.
         """
         call = secrets.token_bytes(16)
-        request = JoinGroup(plan=plan, stage_idx=stage_idx, call=call)
+        has_ring = link is not None and len(stage.members) > MAX_DIRECT
+        request = JoinGroup(plan=plan, stage_idx=stage_idx, call=call, has_ring=has_ring)
         spokes = [peer for peer in stage.peers if peer != stage.hub]
         answers = await asyncio.gather(
             *(self._switch.request(peer, request, timeout_s=ASK_S) for peer in spokes)
@@ -97,7 +107,8 @@ class Groups:
             [self._lanes().open(peer, _purpose(request)) for peer in spokes]
         )
         ranks = [stage.peers.index(peer) for peer in spokes]
-        reduce = _all_reduce(stage, stage.hub_idx, dict(zip(ranks, opened, strict=True)))
+        lanes = dict(zip(ranks, opened, strict=True))
+        reduce = _all_reduce(stage, stage.hub_idx, lanes, link if has_ring else None)
         logger.info("a group of %d is formed", len(stage.members))
         return Formed(reduce, min(room))
 
@@ -140,15 +151,37 @@ class Groups:
         return _answered(GroupJoined(kv_tokens=member.kv_tokens))
 
     async def _join(self, member: _Member, hub: str, request: JoinGroup) -> None:
-        lane = await self._lanes().accept(hub, _purpose(request))
         stage = member.stage
         rank = stage.peers.index(self._switch.own_peer_id)
-        reduce = _all_reduce(stage, rank, {stage.hub_idx: lane})
+        lane, around = await asyncio.gather(
+            self._lanes().accept(hub, _purpose(request)), self._ring(stage, rank, request)
+        )
+        reduce = _all_reduce(stage, rank, {stage.hub_idx: lane, **(around or {})})
         try:
-            await asyncio.to_thread(member.spoke.serve, reduce)
+            await asyncio.to_thread(member.spoke.serve, reduce, has_ring=around is not None)
         except BaseException:
             reduce.close()
             raise
+
+    async def _ring(
+        self, stage: StagePlan, rank: int, request: JoinGroup
+    ) -> Mapping[int, Lane] | None:
+        """Lanes to the ranks next to ours, the hub's left out; None if they cannot be had."""
+        n_members = len(stage.members)
+        before, behind = ((rank + step) % n_members for step in (-1, 1))
+        if not request.has_ring or n_members <= MAX_DIRECT:
+            return {}
+        opening: dict[int, Coroutine[Any, Any, Lane]] = {}
+        if behind != stage.hub_idx:
+            opening[behind] = self._lanes().open(stage.peers[behind], _purpose(request))
+        if before != stage.hub_idx:
+            opening[before] = self._lanes().accept(stage.peers[before], _purpose(request))
+        try:
+            opened = await _all_or_none(list(opening.values()))
+        except TransportError as error:
+            logger.info("a group has no ring: %s", error)
+            return None
+        return dict(zip(opening, opened, strict=True))
 
 
 async def _answered(answer: GroupJoined) -> GroupJoined:
@@ -167,9 +200,18 @@ async def _all_or_none(opening: Sequence[Coroutine[Any, Any, Lane]]) -> list[Lan
     return lanes
 
 
-def _all_reduce(stage: StagePlan, rank: int, lanes: dict[int, Lane]) -> AllReduce:
-    codec, n_members = _SUM_CODECS[stage.sum_codec], len(stage.members)
-    return AllReduce(rank, stage.hub_idx, lanes, codec, n_members=n_members, timeout_s=SUM_S)
+def _all_reduce(
+    stage: StagePlan, rank: int, lanes: Mapping[int, Lane], link: GroupLink | None = None
+) -> AllReduce:
+    return AllReduce(
+        rank,
+        stage.hub_idx,
+        lanes,
+        _SUM_CODECS[stage.sum_codec],
+        n_members=len(stage.members),
+        link=link,
+        timeout_s=SUM_S,
+    )
 
 
 def _purpose(request: JoinGroup) -> bytes:

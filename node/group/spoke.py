@@ -33,7 +33,7 @@ JOIN_S = 30.0  # how long a step that is under way may take to end
 class Spoke:
     """A shard that does what its hub says, over one set of lanes after the other.
 
-    `serve`, `stop` and `leased_bytes` are for any thread.
+    `serve`, `stop`, `close` and what is asked of it are for any thread.
     """
 
     def __init__(self, shard: Shard) -> None:
@@ -44,6 +44,7 @@ class Spoke:
         self._sessions: dict[str, int] = {}  # positions that each has room for
         self._lock = threading.Lock()
         self._reduce: AllReduce | None = None
+        self._has_ring = True
         self._thread: threading.Thread | None = None
 
     @property
@@ -52,16 +53,19 @@ class Spoke:
         return self.shard.kv_bytes_per_token * sum(list(self._sessions.values()))
 
     @property
-    def is_serving(self) -> bool:
-        """Whether its lanes stand, as far as is known."""
+    def is_in_use(self) -> bool:
+        """Whether its lanes stand, as far as is known, and there are sessions on it."""
         thread = self._thread
-        return thread is not None and thread.is_alive()
+        return thread is not None and thread.is_alive() and bool(self._sessions)
 
-    def serve(self, reduce: AllReduce) -> None:
-        """From now on hear the hub on these lanes, and no more on those before. Blocks for it."""
+    def serve(self, reduce: AllReduce, *, has_ring: bool = True) -> None:
+        """From now on hear the hub on these lanes, and no more on those before. Blocks for it.
+
+        With `has_ring` there is a lane to both members next to this one.
+        """
         with self._lock:
             self._end()
-            self._reduce = reduce
+            self._reduce, self._has_ring = reduce, has_ring
             self._thread = threading.Thread(
                 target=self._hear, args=(reduce,), name="covey-spoke", daemon=True
             )
@@ -119,7 +123,8 @@ class Spoke:
     def _keep(self, reduce: AllReduce, epoch: int, sessions: list[str]) -> None:
         for session in self._sessions.keys() - set(sessions):
             self._close(session)
-        lacking = np.array([[0, *(name not in self._sessions for name in sessions)]], np.float32)
+        here = [self._has_ring, *(session in self._sessions for session in sessions)]
+        lacking = np.logical_not([here]).astype(np.float32)
         reduce.reduce(lacking, lacking.shape, epoch=epoch)
 
     def _open(self, word: Open) -> int:

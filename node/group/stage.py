@@ -209,12 +209,13 @@ class GroupStage:
             self._epoch = max(self._epoch, self._reduce.epoch) + 1
             sessions = list(self._sessions)
             self._reduce.tell(*pack(Keep(sessions)), epoch=self._epoch)
-            shape = (1, 1 + len(sessions))
-            lacking = self._reduce.reduce(None, shape, epoch=self._epoch)
+            # Of its ring, and of each session, how many lack it.
+            lacking = self._reduce.reduce(None, (1, 1 + len(sessions)), epoch=self._epoch)
             if lacking is not None:
-                self._forget(
-                    [name for name, n in zip(sessions, lacking[0, 1:], strict=True) if n > 0]
-                )
+                n_rings, *n_of_each = lacking[0]
+                if n_rings > 0:
+                    self._reduce.drop_rings()
+                self._forget([it for it, n in zip(sessions, n_of_each, strict=True) if n > 0])
             self._is_agreed = True
         return self._reduce
 

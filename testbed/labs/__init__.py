@@ -13,7 +13,7 @@ from typing import Protocol
 
 from benchmarks.rows import Row
 
-from . import front, groups, links, nat, paths, plan, scenario, swarm, two_hosts
+from . import front, groups, links, nat, paths, plan, scenario, swarm, tpi, two_hosts
 
 
 class LabModule(Protocol):
@@ -47,5 +47,6 @@ LABS: MappingProxyType[str, LabModule] = MappingProxyType(
         "groups": groups,
         "scenario": scenario,
         "swarm": swarm,
+        "tpi": tpi,
     }
 )

@@ -20,7 +20,7 @@ from testbed.cases import CASES, add_case_option, source_of
 from testbed.figures import Figures, Tried, prediction_rows
 from testbed.fleet import Fleet, named, running_fleet
 from testbed.measuring import chosen, predicted_and_measured
-from testbed.plans import text
+from testbed.plans import shape, text
 
 CASE = 9  # four unlike devices on wifi
 MAX_POINTS = 8
@@ -41,13 +41,19 @@ def measure(folder: Path, options: argparse.Namespace) -> Sequence[Row]:
     print(case.name, flush=True)
     source, name = source_of(case.model)
     with running_fleet(named(case.members), source, name, folder) as fleet:
-        chosen(fleet)  # nothing moves any more
+        fleet.settle()
+        chosen(fleet)  # which nothing changes any more
         facts = fleet.askers[fleet.founder].plan()
-        facts["points"] = spread(facts["points"], MAX_POINTS)
+        kept = spread(facts["points"], MAX_POINTS)
+        facts["points"] = [{**point, "n": n} for n, point in enumerate(kept, start=1)]
         tried = [_point(fleet, case.name, point) for point in facts["points"]]
     entries = [
         _entry(point, each.measured) for point, each in zip(facts["points"], tried, strict=True)
     ]
+    single = facts["single"]  # as a rule one of the points, and then it is to be where that one is
+    facts["single"] = next(
+        (point for point in facts["points"] if single and shape(point) == shape(single)), single
+    )
     if options.save is not None:
         options.save.write_text(json.dumps(entries))
     if options.plot is not None:

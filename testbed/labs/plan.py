@@ -14,7 +14,7 @@ import argparse
 import json
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -145,15 +145,16 @@ def rivals(members: Mapping[str, Member], layout: ModelLayout) -> dict[str, Plan
     def shared(shares: Sequence[int]) -> Plan:
         return _within(caps, order, dict(enumerate(shares)))
 
-    made: dict[str, Plan] = {}
-    for name, rule in {
+    rules: dict[str, Callable[[], Plan]] = {
+        FEWEST: fewest,
         EQUAL: lambda: shared(equal_split(layout.n_blocks, len(order))),
         MEMORY: lambda: shared(memory_proportional(layout.n_blocks, memories)),
         SPEED: lambda: shared(
             water_filling(layout.n_blocks, [members[name].speed for name in order], caps)
         ),
-        FEWEST: fewest,
-    }.items():
+    }
+    made: dict[str, Plan] = {}
+    for name, rule in rules.items():
         try:
             made[name] = rule()
         except NoShare as error:
@@ -186,8 +187,9 @@ def _run(case: Case, folder: Path, tried: list[Tried]) -> None:
     options = ("--prefer", "latency")
     with running_fleet(members, source, name, folder, options=options) as fleet:
         known: dict[tuple[object, ...], int] = {}  # shape -> where in `tried`
-        # Ours comes last: by then every link is measured.
         for rule, plan in rivals(members, layout).items():
+            if rule != FEWEST:  # as a rule it is one machine
+                fleet.settle()
             _add(tried, known, fleet, case, rule, plan)
         _add(tried, known, fleet, case, OURS, chosen(fleet))
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from covey.node.engine.shard import Shard
-from covey.node.group.all_reduce import AllReduce
+from covey.node.group.all_reduce import AllReduce, GroupLink
 from covey.node.group.codec import SumCodec
 from covey.node.group.errors import GroupBroken
 from covey.node.group.spoke import Spoke
@@ -30,7 +30,10 @@ class MemoryGroup:
     timeout_s: float = 10.0
     wrap: Wrap = lambda _, lane: lane
     may_form: bool = True
-    n_formed: int = 0
+    link: GroupLink | None = None  # of a ring
+    without_ring: Collection[int] = ()  # ranks that lack a lane of it
+    reduces: list[AllReduce] = field(default_factory=list)  # the hub's, one for each forming
+    lanes: list[Lane] = field(default_factory=list)  # all of them, used or not
     spokes: dict[int, Spoke] = field(default_factory=dict)
     stage: GroupStage = field(init=False)
     is_over: bool = False
@@ -44,13 +47,16 @@ class MemoryGroup:
 
     def form(self) -> AllReduce:
         """New lanes for all; the hub's end of the sums."""
-        if self.n_formed and not self.may_form:
+        if self.reduces and not self.may_form:
             raise GroupBroken("a member is gone")
-        self.n_formed += 1
         meshes = memory_mesh(len(self.shards))
+        self.lanes += [lane for mesh in meshes for lane in mesh.values()]
         for rank, spoke in self.spokes.items():
-            spoke.serve(self._reduce(rank, {self.hub_idx: meshes[rank][self.hub_idx]}))
-        return self._reduce(self.hub_idx, meshes[self.hub_idx])
+            has_ring = self.link is not None and rank not in self.without_ring
+            lanes = meshes[rank] if has_ring else {self.hub_idx: meshes[rank][self.hub_idx]}
+            spoke.serve(self._reduce(rank, lanes), has_ring=has_ring or self.link is None)
+        self.reduces.append(self._reduce(self.hub_idx, meshes[self.hub_idx]))
+        return self.reduces[-1]
 
     def _reduce(self, rank: int, lanes: Mapping[int, Lane]) -> AllReduce:
         wrapped = {other: self.wrap(rank, lane) for other, lane in lanes.items()}
@@ -60,6 +66,7 @@ class MemoryGroup:
             wrapped,
             self.codec,
             n_members=len(self.shards),
+            link=self.link if rank == self.hub_idx else None,
             timeout_s=self.timeout_s,
         )
 
@@ -77,4 +84,6 @@ def memory_group(shards: Sequence[Shard], **options: object) -> Iterator[MemoryG
         group.stage.give_up("the test is over")
         for spoke in group.spokes.values():
             spoke.stop()
+        group.reduces.clear()
+        group.lanes.clear()
         del group.stage  # it and the group know each other: lanes free their files at once

@@ -28,6 +28,7 @@ class Member:
     process: NodeProcess
     client: Client
     options: Sequence[str] = ()
+    model: str = MODEL  # or a file of that name
 
     def status(self) -> dict[str, Any]:
         """What the node says of itself now."""
@@ -37,7 +38,7 @@ class Member:
         """Start it again in its home, without an invite, as after a power cut."""
         self.client.close()
         options = _options(self.name, self.max_blocks)
-        arguments = ["join", "--model", MODEL, *options, *self.options]
+        arguments = ["join", "--model", self.model, *options, *self.options]
         self.process = NodeProcess(arguments, home=self.process.home)
         self.process.wait_until_up()
         self.client = Client(home=self.process.home)
@@ -97,15 +98,25 @@ class Swarm:
 
 @contextmanager
 def running_swarm(
-    folder: Path, caps: Sequence[int], options: Sequence[str] = (), *, needs_all: bool = True
+    folder: Path,
+    caps: Sequence[int],
+    options: Sequence[str] = (),
+    *,
+    model: str = MODEL,
+    needs_all: bool = True,
 ) -> Iterator[Swarm]:
     """A swarm of one node per cap, ready with a plan; nothing of it is left afterwards.
 
-    With `needs_all` the plan is one over all of them.
+    Args:
+        folder: for the nodes' homes.
+        caps: blocks that each may run.
+        options: of every node, besides.
+        model: `MODEL`, or a file that is called so.
+        needs_all: whether the plan is one over all of them.
     """
     with ExitStack() as stack:
-        founder = stack.enter_context(_node(folder, 0, ["up", MODEL, *options], caps[0]))
-        join = ["join", founder.facts["invite"], "--model", MODEL, *options]
+        founder = stack.enter_context(_node(folder, 0, ["up", model, *options], caps[0]))
+        join = ["join", founder.facts["invite"], "--model", model, *options]
         processes = [founder] + [
             stack.enter_context(_node(folder, idx, join, cap))
             for idx, cap in enumerate(caps[1:], start=1)
@@ -114,7 +125,7 @@ def running_swarm(
         for idx, (process, cap) in enumerate(zip(processes, caps, strict=True)):
             process.wait_until_up()
             client = Client(home=process.home)
-            members.append(Member(f"node-{idx}", cap, process, client, options))
+            members.append(Member(f"node-{idx}", cap, process, client, options, model))
             stack.callback(members[-1].stop)
         swarm = Swarm(tuple(members))
         is_planned = swarm.is_planned if needs_all else swarm.has_a_plan

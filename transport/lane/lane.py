@@ -56,6 +56,12 @@ class Lane(Protocol):
         `wait_any` of this package, until one of them may have something.
         """
 
+    def has_unseen(self) -> bool:
+        """Whether something is here that `poll` has not looked at and `fileno` does not tell.
+
+        What is here and tells is found by waiting, which is cheaper than a `poll` in vain.
+        """
+
     def fileno(self) -> int:
         """What becomes readable when `poll` may have something that it had not before."""
 

@@ -17,7 +17,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from weakref import WeakSet
 
@@ -29,15 +29,13 @@ from covey.transport.errors import (
     PeerUnreachable,
     TransportError,
 )
-from covey.transport.frame import Frame, Tensor
+from covey.transport.frame import Frame
 from covey.transport.link import LinkKind
 from covey.transport.listener import accept_one
 from covey.transport.mesh import Mesh
 from covey.transport.messages import (
     Failure,
-    LaneData,
     LaneDial,
-    LaneEnd,
     LaneOffer,
     LaneOverLink,
     LaneReady,
@@ -50,6 +48,7 @@ from covey.transport.tasks import Tasks
 from .inbox import LinkLane
 from .lane import Lane, LaneKind
 from .local import connect_local, listen_local
+from .over_links import OverLinks
 from .secure import KEY_BYTES, LANE_ID_BYTES, secure_local, secure_tls
 from .stream import StreamLane
 from .waiting import SPIN_S
@@ -109,16 +108,13 @@ class Lanes:
         self._waiting: dict[tuple[str, bytes], list[asyncio.Future[Lane]]] = {}
         self._parked: dict[tuple[str, bytes], list[Lane]] = {}
         self._n_agreed: Counter[str] = Counter()  # by members, not by us; and parked
-        self._over_link: dict[tuple[str, bytes], LinkLane] = {}
+        self._over_links = OverLinks(mesh, spin_s=spin_s)
         self._open: WeakSet[StreamLane | LinkLane] = WeakSet()
         self._tasks = Tasks()
         mesh.add_door(self)
-        mesh.on_end(self._on_link_end)
         mesh.serve(LaneOffer, self._on_offer)
         mesh.serve(LaneDial, self._on_dial)
         mesh.serve(LaneOverLink, self._on_over_link)
-        mesh.serve(LaneData, self._on_data)
-        mesh.serve(LaneEnd, self._on_data_end)
 
     # --- for the node -----------------------------------------------------------------------------
 
@@ -372,49 +368,9 @@ class Lanes:
         peer.reply(frame, LaneReady(lane=agreed.id))
 
     def _lane_over(self, peer: Peer, agreed: _Agreed) -> LinkLane:
-        key = (peer.peer_id, agreed.id)
-
-        async def post(message: bytes) -> None:
-            tensor = Tensor("u8", (len(message),), message)
-            await peer.send(LaneData(lane=agreed.id), {"message": tensor})
-
-        def end() -> None:
-            if self._over_link.pop(key, None) is not None:
-                peer.release()
-                with suppress(TransportError):
-                    peer.post(LaneEnd(lane=agreed.id))
-
-        peer.hold()
-        lane = LinkLane(peer.peer_id, post=post, end=end, spin_s=self._spin_s)
-        self._over_link[key] = lane
+        lane = self._over_links.lane(peer, agreed.id)
         self._open.add(lane)
         return lane
-
-    def _on_data(self, peer: Peer, frame: Frame) -> None:
-        data = frame.message
-        if not isinstance(data, LaneData):
-            return
-        lane = self._over_link.get((peer.peer_id, data.lane))
-        message = frame.tensors.get("message")
-        if lane is not None and message is not None:
-            lane.inbox.put(message.data)
-        else:
-            with suppress(TransportError):
-                peer.post(LaneEnd(lane=data.lane))
-
-    def _on_data_end(self, peer: Peer, frame: Frame) -> None:
-        if isinstance(frame.message, LaneEnd):
-            self._end_over_link(peer.peer_id, frame.message.lane, "the peer hung up")
-
-    def _on_link_end(self, peer_id: str, _: TransportError) -> None:
-        for owner, lane_id in list(self._over_link):
-            if owner == peer_id:
-                self._end_over_link(peer_id, lane_id, "the link to the peer ended")
-
-    def _end_over_link(self, peer_id: str, lane_id: bytes, reason: str) -> None:
-        lane = self._over_link.get((peer_id, lane_id))
-        if lane is not None:
-            lane.inbox.end(reason, keep=True)
 
     # --- small things -----------------------------------------------------------------------------
 

@@ -41,6 +41,7 @@ class StreamLane:
         # Bytes [start, end) of the buffer are here and not yet received.
         self._buffer = memoryview(bytearray(_FIRST_BYTES))
         self._start = self._end = 0
+        self._is_seen = False  # whether `poll` has looked at all that is in memory
 
     def fileno(self) -> int:
         """See `Lane.fileno`."""
@@ -86,6 +87,7 @@ class StreamLane:
             has_room = self._end - self._start < MAX_MESSAGE
             if wait_room(self._file, also_readable=has_room, timeout_s=wait_s) and has_room:
                 self._take(is_last_read=False)
+                self._is_seen = False
             before, left = left, self._wire.flush()
             if left < before:
                 deadline = time.perf_counter() + SEND_TIMEOUT_S
@@ -115,6 +117,7 @@ class StreamLane:
                 message = self._cut()
                 while message is None and self._take(is_last_read=True):
                     message = self._cut()
+                self._is_seen = message is None
         except LaneBroken as error:
             self._break(error)
             raise
@@ -122,6 +125,12 @@ class StreamLane:
             if self._is_closed:
                 self._free()
         return message
+
+    def has_unseen(self) -> bool:
+        """See `Lane.has_unseen`: behind a message there may be another in memory."""
+        if self._broken is not None:
+            return True  # its file may be somebody else's by now
+        return not self._is_seen and (self._start != self._end or self._wire.has_unread())
 
     def _cut(self) -> memoryview | None:
         """The first message of the buffer, if it is whole; it stays where it is."""

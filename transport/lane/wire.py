@@ -33,6 +33,9 @@ class Wire(Protocol):
             LaneBroken: the other side hung up, or the stream is damaged.
         """
 
+    def has_unread(self) -> bool:
+        """Whether bytes have left the socket that `read_into` has not handed over."""
+
     def send(self, piece: memoryview) -> int:
         """Send a piece as far as there is room; how many bytes are left, for `flush`.
 
@@ -84,6 +87,10 @@ class PlainWire:
         if nbytes == 0:
             raise LaneBroken("the peer hung up")
         return nbytes
+
+    def has_unread(self) -> bool:
+        """See `Wire.has_unread`."""
+        return False
 
     def send(self, piece: memoryview) -> int:
         """See `Wire.send`."""
@@ -147,6 +154,10 @@ class TlsWire(PlainWire):
                 self._incoming.write(self._sealed[:nbytes])
         except ssl.SSLError as error:  # also how TLS says goodbye
             raise LaneBroken("the peer ended TLS, or it was damaged") from error
+
+    def has_unread(self) -> bool:
+        """See `Wire.has_unread`."""
+        return self._incoming.pending > 0 or self._tls.pending() > 0
 
     def send(self, piece: memoryview) -> int:
         """See `Wire.send`."""

@@ -156,6 +156,20 @@ async def test_its_file_tells_when_there_is_something(pair: LanePair) -> None:
     assert not select.select([at_b.fileno()], (), (), 0.0)[0]
 
 
+async def test_what_is_here_is_told_by_its_file_or_as_unseen(pair: LanePair) -> None:
+    at_a, at_b = pair
+    messages = [b"1", b"2" * 5000, b"3"]
+    for message in messages:
+        await off(lambda message=message: at_a.send(message))  # type: ignore[misc]
+    for message in messages:
+        assert at_b.has_unseen() or await off(lambda: wait_any([at_b], SOON_S)) == [at_b]
+        assert bytes(at_b.receive(SOON_S)) == message
+    assert at_b.poll() is None
+    assert not at_b.has_unseen()
+    at_b.close()
+    assert at_b.has_unseen() or wait_any([at_b], 0.0) == [at_b]
+
+
 async def test_of_several_lanes_the_one_that_has_something_is_found(pair: LanePair) -> None:
     idle, other_end = memory_lane_pair("c", "d")
     at_a, at_b = pair

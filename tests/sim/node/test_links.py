@@ -24,8 +24,9 @@ class Peer:
     """What the meter sees of a link."""
 
     def __init__(self) -> None:
-        self.busy = self.is_needed = False
+        self.is_needed = False
         self.rtt_s: float | None = 0.010
+        self.least_rtt_s: float | None = None
         self.kind = LinkKind.RELAYED
         self.packets: Packets | None = None
         self.found: tuple[float, float] | None = (0.010, 1e6)
@@ -110,14 +111,30 @@ def test_of_the_first_probes_the_best_figures_count() -> None:
 
 def test_a_heartbeat_that_waits_for_a_session_says_nothing_of_the_way() -> None:
     async def scenario(peer: Peer, replica: Replica) -> None:
-        peer.is_needed = True
         await asyncio.sleep(SETTLED_S)
+        peer.is_needed = True
         peer.rtt_s = 0.010 + 0.9 * NOTABLE_BUSY_RTT_S
         await asyncio.sleep(2 * NOTE_EVERY_S)
         assert len(replica.values) == 1
-        peer.rtt_s = 0.010 + 1.1 * NOTABLE_BUSY_RTT_S
+        peer.rtt_s = 0.010 + 10 * NOTABLE_BUSY_RTT_S
+        peer.least_rtt_s = 0.010  # one of the last that found the way free
         await asyncio.sleep(2 * NOTE_EVERY_S)
-        assert len(replica.values) == 2
+        assert len(replica.values) == 1
+        peer.least_rtt_s = 0.010 + 1.1 * NOTABLE_BUSY_RTT_S
+        await asyncio.sleep(2 * NOTE_EVERY_S)
+        assert replica.values[-1]["rtt_s"] == peer.least_rtt_s
+
+    simulate(scenario)
+
+
+def test_a_link_that_a_session_needs_is_not_probed_again_until_it_is_over() -> None:
+    async def scenario(peer: Peer, _: Replica) -> None:
+        peer.is_needed = True  # the first probe is taken all the same: without it there is no plan
+        await asyncio.sleep(SETTLED_S)
+        assert peer.n_probes == 1
+        peer.is_needed = False
+        await asyncio.sleep(SETTLED_S)
+        assert peer.n_probes == N_PROBES
 
     simulate(scenario)
 

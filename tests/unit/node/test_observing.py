@@ -97,6 +97,19 @@ def test_a_few_slow_steps_say_nothing() -> None:
     assert judged(TWO, *[usual, slow, slow] * 4)[OTHER] == pytest.approx(1.0)
 
 
+def test_a_member_that_runs_all_of_it_for_us_is_judged_too() -> None:
+    found = judged(((OTHER, 0, 12),), step(1.204, (0.12, 0)))
+    assert found == {OTHER: pytest.approx(10.0, rel=0.01)}
+
+
+def test_a_head_that_is_slow_itself_takes_more_off() -> None:
+    head = Head()
+    head.session(2.0)
+    head.devices[OWN] = replace(DEVICES[OWN], step_s=0.02)
+    head.session(2.0)  # of the 0.08 s too much it may have been all but nothing itself
+    assert head.said.peers[OTHER].decode_s_per_block < 0.02 * 0.9
+
+
 def test_groups_are_left_out() -> None:
     of = replace(LAYOUT, n_kv_heads=2, mlp_columns=64)
     group = StagePlan(Span(4, 12), (Member(OTHER, 1, 32), Member(THIRD, 1, 32)))

@@ -15,9 +15,11 @@ from covey.node.refining import (
     PUBLISH_EVERY_S,
     SAMPLE_CHUNKS,
     SAMPLE_STEPS,
+    HeadTiming,
     Refinement,
     Refining,
     Timing,
+    Timings,
 )
 from covey.partition.profile import DeviceProfile
 from covey.partition.speed import PREFILL_DEPTH_SHARE
@@ -54,10 +56,11 @@ def chunk(n_tokens: int, seconds: float, position: int = 0) -> Timing:
     )
 
 
-def refined(*timings: Timing, n_samples: int = 40) -> DeviceProfile:
+def refined(*timings: Timing | HeadTiming, n_samples: int = 40) -> DeviceProfile:
     refinement = Refinement(BASE)
     for timing in timings:
-        n_steps = SAMPLE_STEPS if timing.rows[0] == 1 else SAMPLE_CHUNKS
+        is_chunk = isinstance(timing, Timing) and timing.rows[0] > 1
+        n_steps = SAMPLE_CHUNKS if is_chunk else SAMPLE_STEPS
         for _ in range(n_samples * n_steps):
             refinement.add(timing)
     return refinement.profile()
@@ -93,11 +96,24 @@ def test_prefill_is_corrected_by_itself() -> None:
     assert profile.decode_s_per_block == BASE.decode_s_per_block
 
 
+def test_the_head_s_work_is_corrected_beside_what_a_step_costs() -> None:
+    base = replace(BASE, head_s=3.1e-3, batch_head_s=(4.1e-3, 6.1e-3, 10.1e-3), step_s=1e-4)
+    refinement = Refinement(base)
+    for _ in range(SAMPLE_STEPS):
+        refinement.add(HeadTiming(MODEL_DIGEST, 1, 6e-3))
+        refinement.add(HeadTiming(MODEL_DIGEST, 8, 14e-3))
+    profile = refinement.profile()
+    assert profile.head_s == pytest.approx(6.1e-3)
+    assert profile.batch_head_s[-1] == pytest.approx(14.1e-3)
+    assert profile.step_s == base.step_s
+    assert profile.decode_s_per_block == base.decode_s_per_block
+
+
 def test_one_slow_step_in_many_changes_nothing() -> None:
     refinement = Refinement(BASE)
     for n in range(10 * SAMPLE_STEPS):
         refinement.add(decode(1, N_BLOCKS * (1.0 if n % 4 == 0 else 1e-3)))
-    assert refinement.factors == {1: pytest.approx(1.0)}
+    assert refinement.factors == {("decode", 1): pytest.approx(1.0)}
 
 
 @pytest.mark.parametrize("rows", [(1, 5), (3, 3), (5,)])
@@ -130,7 +146,7 @@ class Node:
 
     now: float = 0.0
     devices: dict[str, DeviceProfile] = field(default_factory=lambda: {MODEL_DIGEST: BASE})
-    timings: deque[Timing] = field(default_factory=deque)
+    timings: Timings = field(default_factory=deque)
     published: list[DeviceProfile] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -190,5 +206,9 @@ async def test_a_stage_tells_what_its_steps_took() -> None:
         for position, n_tokens in ((0, 3), (3, 1)):
             future = await session.send(rows(n_tokens), position=position, n_return=1)
             assert np.isfinite((await session.wait(future)).took_s)
-        told = [(timing.n_blocks, timing.rows, timing.positions) for timing in node.server.timings]
+        told = [
+            (timing.n_blocks, timing.rows, timing.positions)
+            for timing in node.server.timings
+            if isinstance(timing, Timing)
+        ]
         assert told == [(3, (3,), (0,)), (3, (1,), (3,))]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from covey.partition.cost import Network, Terms, misfits, predict, price
 from covey.partition.errors import InvalidPlan, PlanInfeasible
+from covey.partition.network import PACKET_BYTES, PROMPT_LOST_ROUND_TRIPS
 from covey.partition.plan import Member, Span, StagePlan
 from covey.partition.profile import LinkProfile, Workload
 from support.plans import device, layout, link, stages
@@ -33,8 +36,32 @@ def test_tpot_is_compute_and_both_hops() -> None:
 
 def test_one_chunk_goes_through_every_part_once() -> None:
     request = Workload(prompt_tokens=10, prefill_chunk=10)
+    opened = 0.004
     there, back = 0.002 + 0.010, 0.003  # only the last position returns
-    assert terms(request).ttft_s == pytest.approx(0.030 + there + 0.020 + back + 0.005)
+    assert terms(request).ttft_s == pytest.approx(opened + 0.030 + there + 0.020 + back + 0.005)
+
+
+def test_a_session_is_opened_on_all_stages_at_once() -> None:
+    devices = {peer: device(peer) for peer in "abc"}
+    links = [
+        link("a", "b", rtt_s=0.1),
+        link("a", "c", rtt_s=0.3),
+        link("c", "a", rtt_s=0.5),
+        link("b", "c", rtt_s=0.7),
+    ]
+    three = stages(("a", 0, 2), ("b", 2, 3), ("c", 3, 4))
+    found = price(three, layout(4), devices, Network(links), request=Workload())
+    assert found.open_s == pytest.approx((0.3 + 0.5) / 2)
+
+
+def test_of_a_prompt_more_is_lost() -> None:
+    def chunk_s(loss: float) -> float:
+        lossy = replace(link("a", "b", rtt_s=0.04, bandwidth=1e6), loss=loss)
+        border = Network([lossy]).border("a", "b", token_bytes=PACKET_BYTES, chunk_tokens=100)
+        assert border is not None
+        return border.chunk_wire_s
+
+    assert chunk_s(0.02) == pytest.approx(chunk_s(0.0) + 2 * PROMPT_LOST_ROUND_TRIPS * 0.04)
 
 
 def test_further_chunks_queue_behind_the_slowest_part() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from covey.transport.liveness import Action, Liveness, LivenessRules
+from covey.transport.liveness import RTT_WINDOW, Action, Liveness, LivenessRules
 
 RULES = LivenessRules()
 
@@ -160,3 +160,15 @@ def test_an_idle_link_on_which_something_is_said_is_not_asked() -> None:
     liveness.heard(now=15.0)
     assert liveness.next_action(now=20.0) is Action.WAIT
     assert liveness.next_action(now=35.0) is Action.PING
+
+
+def test_the_least_round_trip_is_of_the_last_answers_and_of_this_way() -> None:
+    liveness = Liveness(now=0.0)
+    for rtt_s in (0.3, 0.1, 0.5):
+        liveness.measured(rtt_s)
+    assert liveness.least_rtt_s == 0.1
+    for _ in range(RTT_WINDOW):
+        liveness.measured(0.4)
+    assert liveness.least_rtt_s == 0.4
+    liveness.moved(now=1.0)
+    assert liveness.least_rtt_s is None

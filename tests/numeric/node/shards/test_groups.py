@@ -21,6 +21,7 @@ from covey.node.engine.errors import (
 from covey.node.engine.shard import Shard
 from covey.node.engine.stage import Stage, Step
 from covey.node.engines import Engines
+from covey.node.group.all_reduce import GroupLink
 from covey.node.group.errors import GroupBroken
 from covey.node.kernels.packed_cache import PackedCache
 from covey.node.model.checkpoint import Checkpoint, open_checkpoint
@@ -94,6 +95,21 @@ def test_it_computes_what_one_stage_does(
     assert close_to(found, expected, 1e-5 if codec == "exact" else 3e-3)
     assert spread is not None
     assert spread >= 0
+
+
+@pytest.mark.parametrize("without_ring", [(), (1,)], ids=["ring", "a lane is missing"])
+def test_large_sums_go_round_if_all_have_the_lanes(
+    without_ring: tuple[int, ...], shards: Shards, alone: Stage
+) -> None:
+    hidden = rows(N, CONFIG)
+    expected = text_of(alone, hidden)
+    slow = GroupLink(latency_s=1e-3, bytes_per_s=1e6)
+    with memory_group(shards(THREE), link=slow, without_ring=without_ring) as group:
+        assert close_to(text_of(group.stage, hidden), expected)
+        largest = max(one.nbytes for one in group.reduces[-1].rounds)
+    # What goes round is added up nowhere, and so by nobody.
+    n_bytes = 4 * (N - 4) * CONFIG.hidden_size
+    assert (largest == n_bytes) == bool(without_ring)
 
 
 def test_steps_of_several_sessions_are_taken_together(shards: Shards, alone: Stage) -> None:
@@ -195,7 +211,7 @@ def test_what_fails_is_made_again_with_the_same_input(
     with memory_group(shards(TWO), wrap=wrap, timeout_s=0.1) as group:
         found = text_of(group.stage, hidden)
         assert close_to(found, expected)
-        assert group.n_formed == (2 if fail is cut else 1)
+        assert len(group.reduces) == (2 if fail is cut else 1)
 
 
 def test_a_member_that_is_gone_breaks_the_group(shards: Shards) -> None:
