@@ -21,7 +21,7 @@ from .instance import Instance, Ints
 from .profile import REPLY_TOKENS
 from .relaxation import limits_s
 
-_LEVELS = 16  # limits at first
+_LEVELS = 12  # limits at first
 _REFINED = 3  # times two more, nearer and nearer to the best
 _SHYNESS = (0.0, 0.5, 1.0)  # of taking many devices at once, in what is tried first
 _ROUNDS = 12  # of moves, for each limit
@@ -69,8 +69,11 @@ class _Local:
 
     def run(self) -> float:
         """The least balanced cost that was seen; infinite if no chain was."""
+        return min((self._from(way) for way in dict.fromkeys(self._greedy())), default=math.inf)
+
+    def _from(self, way: Way) -> float:
         best = seen = math.inf
-        moves: Iterable[Way] = self._greedy()
+        moves: Iterable[Way] = [way]
         for _ in range(_ROUNDS):
             latency_s, cost, chain = self._best_of(moves)
             seen = min(seen, cost)
@@ -163,12 +166,18 @@ class _Local:
         return n
 
     def _moves(self, chain: Way) -> Iterator[Way]:
-        k = len(chain)
+        k, masks = len(chain), [self._masks[unit] for unit in chain]
         yield from self._with_one_more(chain, self._worth)
         for unit in self._worth.tolist():  # in place of all that it shares devices with
-            rest = tuple(one for one in chain if not self._masks[one] & self._masks[unit])
-            if len(rest) < k:
-                yield from self._with_one_more(rest, np.array([unit])) if rest else [(unit,)]
+            mask = self._masks[unit]
+            shared = [i for i in range(k) if masks[i] & mask]
+            if shared:
+                first, behind = shared[0], chain[shared[0] :]
+                yield (
+                    *chain[:first],
+                    unit,
+                    *(one for one in behind if not self._masks[one] & mask),
+                )
         for i in range(k):
             rest = chain[:i] + chain[i + 1 :]
             if rest:
@@ -180,15 +189,15 @@ class _Local:
                 yield chain[:i] + chain[i:j][::-1] + chain[j:]
 
     def _with_one_more(self, chain: Way, units: Ints) -> Iterator[Way]:
-        """Each of the units that shares no device with the chain put in: at the beginning, and where
-        it makes the way least longer."""
+        """Each of the units that shares no device with the chain put in: at the beginning, and
+        where it makes the way least longer."""
         instance, used = self._instance, 0
         for one in chain:
             used |= self._masks[one]
         units = units[instance.mask[units] & used == 0]
         new, hubs = instance.hub[units], instance.hub[list(chain)]
-        after = np.roll(hubs, -1)
-        there_s = self._hop_s[np.ix_(hubs, new)] + self._hop_s[np.ix_(new, after)].T
+        after = np.concatenate([hubs[1:], hubs[:1]])
+        there_s = self._hop_s[hubs][:, new] + self._hop_s[:, after][new].T
         place = (there_s - np.minimum(self._hop_s[hubs, after], _FAR_S)[:, None]).argmin(axis=0)
         for unit, before in zip(units.tolist(), place.tolist(), strict=True):
             yield (*chain[: before + 1], unit, *chain[before + 1 :])

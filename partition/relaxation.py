@@ -20,10 +20,10 @@ from .filling import caps_within
 from .instance import Floats, Instance, Ints
 from .profile import REPLY_TOKENS
 
-_STEPS = 80  # limits at first
+_STEPS = 40  # limits at first
 _FINER = 8  # in each step that may hold the least, again and again
 _NEAR = 1.003  # upper over lower end of a step that is small enough
-_PRICES = 48  # of a block, that each limit is tried with
+_PRICES = 24  # of a block, that each limit is tried with
 _NO_ROOM_S = 1e4
 _SLIVER = 1 - 1e-9  # floats, not grid values
 
