@@ -55,7 +55,7 @@ class _Local:
         self._caps = caps_within(np.full(len(caps), limit_s * batch), fixed_s, decode_s, caps)
         tokens = REPLY_TOKENS
         self._block_s = (instance.chunk_s + (tokens - 1) * instance.decode_s[:, 0]) / tokens
-        self._hop_s = instance.latency_s + instance.wire_s[:, :, -1]
+        self._hop_s = instance.latency_s[:, :, -1] + instance.wire_s[:, :, -1]
         self._hops: list[list[float]] = self._hop_s.tolist()
         self._hubs: list[int] = instance.hub.tolist()
         self._masks: list[int] = instance.mask.tolist()

@@ -173,7 +173,7 @@ def _least_reads_s(instance: Instance) -> float:
 
 def _half_hops(instance: Instance, batch: int) -> Floats:
     """[d]: half of the shortest way to each device and half of the shortest on from it."""
-    hop_s = instance.latency_s + batch * instance.wire_s.min(axis=2)
+    hop_s = (instance.latency_s + batch * instance.wire_s).min(axis=2)
     np.fill_diagonal(hop_s, np.inf)
     half: Floats = (hop_s.min(axis=0) + hop_s.min(axis=1)) / 2
     return np.where(np.isfinite(half), half, 0.0)
