@@ -11,10 +11,7 @@ from . import options
 from .local import local_client
 from .render import out, seconds, show, size, table
 
-_STAGE_COLUMNS = (
-    *("blocks", "part", "steps", "received", "computed", "of it for sums", "for the disk"),
-    "free KV cache",
-)
+_STAGE_COLUMNS = "blocks", "part", "steps", "received", "computed", "sums", "disk", "free KV cache"
 
 
 def status(home: options.Home = None, as_json: options.AsJson = False) -> None:
@@ -74,10 +71,7 @@ def _render_status(facts: dict[str, Any]) -> None:
 
 
 def _part_text(stage: dict[str, Any]) -> str:
-    if stage["role"] == "alone":
-        return "all"
-    share = f"{stage['kv_heads']} KV heads, {stage['mlp_columns']} columns"
-    return f"{share} ({stage['role']} of {len(stage['members'])})"
+    return "all" if stage["role"] == "alone" else f"{stage['role']} of {len(stage['members'])}"
 
 
 def _engine_text(model: dict[str, Any]) -> str:

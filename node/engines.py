@@ -274,7 +274,13 @@ def weight_sizes(checkpoint: Checkpoint, kind: EngineKind) -> WeightSizes:
 
 
 def split_of_model(checkpoint: Checkpoint, kind: EngineKind) -> Split | None:
-    """How a group on engine `kind` can share out the blocks of a model; None if it cannot."""
+    """How a group on engine `kind` can share out the blocks of a model; None if it cannot.
+
+    Partial sums are added in fp32, so that all members have the same hidden states to the bit:
+    engines that round those to fewer take no part in groups.
+    """
+    if HIDDEN_DTYPES[kind] != "fp32":
+        return None
     if is_native(kind):
         return split_of(checkpoint, Packer(load_library(), quantized_as(kind)).block_columns)
     return split_of(checkpoint, stored_columns)

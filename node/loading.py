@@ -31,7 +31,7 @@ from .engine.lease import LeaseTable
 from .engine.shard import Shard, Slice
 from .engine.stage import Stage
 from .errors import NodeError
-from .group.all_reduce import GroupLink
+from .group.all_reduce import GroupLink, Round
 from .group.forming import Formed, Groups, form_on
 from .group.spoke import Spoke
 from .group.stage import GroupStage
@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 Role = Literal["alone", "hub", "spoke"]
 
+FORM_SOON_S = 1.0  # then our word that the group serves is taken back
 FORM_AGAIN_S = 0.5  # between attempts to form a group
 DRAINED_S = 0.05  # between looks whether sessions of groups have ended
 FORM_ANEW_S = 4.0  # within a step, whose sessions wait for it
@@ -80,6 +81,12 @@ class Held:
     def stage(self) -> StagePlan:
         """The stage of the plan."""
         return self.route.stages[self.stage_idx]
+
+    @property
+    def rounds(self) -> Sequence[Round]:
+        """The last sums of the group that were added up here; none where there is no group."""
+        member = self.group or self.spoke
+        return () if member is None else member.rounds
 
     @property
     def role(self) -> Role:
@@ -297,18 +304,24 @@ class Loading:
     async def _form_until_it_serves(self, held: Held, group: GroupStage) -> None:
         formed: Formed | None = None
         while formed is None:
+            forming = self._tasks.spawn(self._form(held), "form a group once")
             try:
-                formed = await self._form(held)
+                await asyncio.wait({forming}, timeout=FORM_SOON_S)
+                if not forming.done():
+                    self._unsay_ready(held)
+                formed = await forming
             except TransportError as error:
                 logger.info("a group is not formed yet: %s", error)
                 self._unsay_ready(held)
                 await asyncio.sleep(FORM_AGAIN_S)
+            finally:
+                forming.cancel()
         group.use(formed.reduce)
         n_tokens = min(_kv_tokens(group.shard, held.kv_bytes), formed.kv_tokens)
         self._serve(held, group, n_tokens * group.kv_bytes_per_token)
 
     def _broken(self, held: Held) -> None:
-        """End its sessions and form it anew; our word stands unless that fails."""
+        """End its sessions and form it anew; our word stands unless that fails, or takes long."""
         if not held.is_serving or self._held.get(held.route.digest) is not held:
             return
         held.is_serving = False

@@ -6,7 +6,9 @@ process go to the machine instead, and stay there with their connections.
 
 from __future__ import annotations
 
+import math
 import random
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from covey.client import BadRequest, Client, Generation
+from covey.client import BadRequest, Client, Generation, TextStream
 from covey.errors import CoveyError
 
 from .machines import Machine
@@ -40,6 +42,23 @@ class Session:
     tpot_s: float
     stages_s: float  # compute of all stages in one decode step, as they say
     head_s: float  # the head's own work in one
+
+
+class _Meeting:
+    """When texts that are asked for at once have all been coming for a while."""
+
+    def __init__(self, n_texts: int, seconds: float) -> None:
+        self.over_at = math.inf
+        self._n_missing = n_texts
+        self._seconds = seconds
+        self._lock = threading.Lock()
+
+    def join(self, now: float) -> None:
+        """The first piece of one of them has come."""
+        with self._lock:
+            self._n_missing -= 1
+            if not self._n_missing:
+                self.over_at = now + self._seconds
 
 
 class Asker:
@@ -108,19 +127,56 @@ class Asker:
             prompt: instead of one of that many random words.
         """
         if prompt is None:
-            prompt = [self._random.choice(WORDS) for _ in range(n_prompt)]
+            prompt = self._words(n_prompt)
         return self._pool.submit(self._ask, list(prompt), n_tokens)
 
-    def _ask(self, prompt: list[int], n_tokens: int) -> Session:
-        asked_at = time.monotonic()
-        with self._client.generate(
+    def together(
+        self, n_prompt: int, n_sessions: int, *, seconds: float, max_tokens: int
+    ) -> list[tuple[float, ...]]:
+        """Several texts at once, ended when all of them have come for so many seconds.
+
+        Returns:
+            For each of them the instants when its pieces came; the last ones are later than that
+            unless a text had all its tokens before.
+        """
+        meeting = _Meeting(n_sessions, seconds)
+        prompts = [self._words(n_prompt) for _ in range(n_sessions)]
+        texts = [
+            self._pool.submit(self._ask_until, prompt, max_tokens, meeting) for prompt in prompts
+        ]
+        return [text.result() for text in texts]
+
+    def _words(self, n_prompt: int) -> list[int]:
+        return [self._random.choice(WORDS) for _ in range(n_prompt)]
+
+    def _ask_until(
+        self, prompt: list[int], max_tokens: int, meeting: _Meeting
+    ) -> tuple[float, ...]:
+        came_at: list[float] = []
+        with self._stream(prompt, max_tokens) as stream:
+            for _ in stream:
+                came_at.append(time.monotonic())
+                if len(came_at) == 1:
+                    meeting.join(came_at[0])
+                if came_at[-1] > meeting.over_at:
+                    break
+        if not came_at:
+            raise CoveyError("a text without a single piece came")
+        return tuple(came_at)
+
+    def _stream(self, prompt: list[int], n_tokens: int) -> TextStream:
+        return self._client.generate(
             prompt,
             model=self._model,
             stream=True,
             max_tokens=n_tokens,
             temperature=0.0,
             logit_bias=ENDS,
-        ) as stream:
+        )
+
+    def _ask(self, prompt: list[int], n_tokens: int) -> Session:
+        asked_at = time.monotonic()
+        with self._stream(prompt, n_tokens) as stream:
             came_at = [time.monotonic() for _ in stream]
             answer = stream.result
         return _session(asked_at, came_at, answer, n_tokens)
@@ -148,21 +204,22 @@ def _session(
     )
 
 
-def tokens_per_s(sessions: Sequence[Session]) -> float:
+def tokens_per_s(came_at: Sequence[Sequence[float]], tokens_per_piece: float) -> float:
     """How fast tokens come while all of several sessions decode.
 
     Between the moment when the last of them has its first piece and the moment when the first of
-    them has its last one. Pieces are taken for as many tokens as there were in each text.
+    them has its last one.
+
+    Args:
+        came_at: for each session the instants when its pieces came.
+        tokens_per_piece: on average.
 
     Raises:
         CoveyError: there is no such time; they were too short.
     """
-    begin = max(session.came_at[0] for session in sessions)
-    end = min(session.came_at[-1] for session in sessions)
+    begin = max(instants[0] for instants in came_at)
+    end = min(instants[-1] for instants in came_at)
     if end <= begin:
         raise CoveyError("no moment saw all sessions decode: their texts are too short")
-    n_came = sum(
-        sum(begin < at <= end for at in session.came_at) * session.n_tokens / len(session.came_at)
-        for session in sessions
-    )
-    return n_came / (end - begin)
+    n_pieces = sum(begin < at <= end for instants in came_at for at in instants)
+    return n_pieces * tokens_per_piece / (end - begin)

@@ -14,7 +14,7 @@ from covey.errors import CoveyError
 
 from .asker import Asker, Session, tokens_per_s
 from .figures import Figures
-from .fleet import SESSIONS, Fleet
+from .fleet import CONTEXT, SESSIONS, Fleet
 from .plans import Plan, apply, heads, shape
 
 PLANNED_S, CALM_S = 90.0, 2.0
@@ -22,18 +22,20 @@ PROMPT = 128  # tokens, the workload's
 WARM_PROMPT, WARM_TOKENS = 16, 8
 TEXT_S = 2.0  # what one text should take after its first token
 MIN_TOKENS, MAX_TOKENS = 8, 64
+FULL_S = 2.5  # for which all sessions come at once, at least
 ROUNDS_S = 5.0  # one session is measured again and again for so long,
 MAX_ROUNDS = 3  # but not more often
 
 
 def predicted_and_measured(fleet: Fleet, plan: Plan) -> tuple[Figures, Figures]:
-    """Pin a plan and ask for texts where its first stage is; the first one is thrown away.
+    """Pin a plan and ask for texts where its first stage is; the first text is thrown away.
 
     Raises:
         CoveyError: it does not run, or not until the end.
     """
     apply(fleet, plan)
-    asker = fleet.askers[heads(plan)[0]]
+    # Of several pipelines a prediction for one session is of the quickest, asked for at its head.
+    asker = fleet.askers[max(heads(plan), key=lambda name: fleet.members[name].speed)]
     asker.session(WARM_PROMPT, WARM_TOKENS)
     until = time.monotonic() + ROUNDS_S
     foretold: list[Figures] = []
@@ -42,13 +44,15 @@ def predicted_and_measured(fleet: Fleet, plan: Plan) -> tuple[Figures, Figures]:
         foretold.append(_predicted(asker, plan))
         alone.append(asker.session(PROMPT, _bounded(TEXT_S / foretold[-1].tpot_s)))
     full = _predicted(asker, plan)
-    # Their prompts come one after the other, and all of them are to decode for a while then.
-    n_tokens = _bounded((TEXT_S + SESSIONS * full.ttft_s) * full.tokens_per_s / SESSIONS)
-    together = [asker.begin(PROMPT, n_tokens) for _ in range(SESSIONS)]
+    step_s = SESSIONS / full.tokens_per_s
+    together = asker.together(
+        PROMPT, SESSIONS, seconds=max(FULL_S, MIN_TOKENS * step_s), max_tokens=CONTEXT - PROMPT
+    )
+    n_pieces = sum(len(session.came_at) for session in alone)
     measured = Figures(
         ttft_s=median(session.ttft_s for session in alone),
         tpot_s=median(session.tpot_s for session in alone),
-        tokens_per_s=tokens_per_s([session.result() for session in together]),
+        tokens_per_s=tokens_per_s(together, sum(session.n_tokens for session in alone) / n_pieces),
     )
     predicted = Figures(
         ttft_s=median(figures.ttft_s for figures in foretold),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from covey.cli.child import wait_for
-from covey.client import BadRequest, Client, GenerationFailed
+from covey.client import BadRequest, Client, GenerationFailed, NotReady
+from covey.client.sync_client import TextStream
 from covey.node.alone import generate_alone, load_alone
 from covey.node.catalog import open_model
 from covey.node.engines import Engines
@@ -72,14 +75,25 @@ def is_pinned(swarm: Swarm, plan: dict[str, Any]) -> bool:
 
 
 def is_shared(swarm: Swarm) -> bool:
+    """Whether the group serves, and no other plan is on its way in or out."""
+    roles = [[stage["role"] for stage in member.status()["stages"]] for member in swarm.members]
     plans = swarm.active_plans()
-    return bool(plans) and len(plans[0]["pipelines"][0]["stages"][0]["members"]) == 2
+    is_active = bool(plans) and len(plans[0]["pipelines"][0]["stages"][0]["members"]) == 2
+    return is_active and roles == [["spoke"], ["hub"]]
 
 
 def text_of(client: Client) -> str:
     return client.chat(
         SKY, model=MODEL, max_tokens=N_TOKENS, temperature=0.0, logit_bias=ENDLESS
     ).text
+
+
+def text_if_any(client: Client) -> str | None:
+    """None while the plan changes."""
+    try:
+        return text_of(client)
+    except (NotReady, GenerationFailed):
+        return None
 
 
 @pytest.mark.parametrize("asked", [HUB, SPOKE])
@@ -100,24 +114,46 @@ def test_status_tells_who_has_which_part(nodes: Swarm) -> None:
         assert spans == [[[0, N_BLOCKS]]] * 2
 
 
-def test_a_killed_spoke_ends_the_text_and_the_hub_goes_on(nodes: Swarm, expected: str) -> None:
-    hub, spoke = nodes.members[HUB], nodes.members[SPOKE]
-    with hub.client.chat(
+@contextmanager
+def generating(client: Client) -> Iterator[TextStream]:
+    """A text that has begun and would go on for long."""
+    with client.chat(
         SKY, model=MODEL, max_tokens=1500, temperature=0.0, logit_bias=ENDLESS, stream=True
     ) as stream:
         next(stream)
-        killed_at = time.monotonic()
+        yield stream
+
+
+def seconds_to_the_end(stream: TextStream) -> float:
+    began_at = time.monotonic()
+    with pytest.raises(GenerationFailed, match="peer lost"):
+        for _ in stream:
+            pass
+    return time.monotonic() - began_at
+
+
+def test_a_silent_spoke_ends_the_text_within_seconds(nodes: Swarm, expected: str) -> None:
+    hub, spoke = nodes.members[HUB], nodes.members[SPOKE]
+    with generating(hub.client) as stream:
+        spoke.process.process.send_signal(signal.SIGSTOP)
+        try:
+            assert seconds_to_the_end(stream) < 5.0
+        finally:
+            spoke.process.process.send_signal(signal.SIGCONT)
+    wait_for(lambda: is_shared(nodes), PLAN_S, "the group does not come back")
+    wait_for(lambda: text_if_any(hub.client) == expected, PLAN_S, "no text")
+
+
+def test_a_killed_spoke_ends_the_text_and_the_hub_goes_on(nodes: Swarm, expected: str) -> None:
+    hub, spoke = nodes.members[HUB], nodes.members[SPOKE]
+    with generating(hub.client) as stream:
         spoke.process.kill()
-        with pytest.raises(GenerationFailed) as caught:
-            for _ in stream:
-                pass
-    assert time.monotonic() - killed_at < 4.0
-    assert caught.value.code == "peer_lost"
+        assert seconds_to_the_end(stream) < 4.0
     wait_for(lambda: members_of(hub.client) == ["node-1"], PLAN_S, "no other plan")
-    assert text_of(hub.client) == expected
+    wait_for(lambda: text_if_any(hub.client) == expected, PLAN_S, "no text")
     spoke.come_back()
     wait_for(lambda: is_shared(nodes), PLAN_S, "the group does not come back")
-    assert text_of(hub.client) == expected
+    wait_for(lambda: text_if_any(hub.client) == expected, PLAN_S, "no text")
 
 
 def members_of(client: Client) -> list[str]:

@@ -56,6 +56,13 @@ def test_the_layout_is_what_the_engine_takes(models: list[LocalModel]) -> None:
         assert layout.wire_bytes_per_token == TINY.hidden_size * 4
 
 
+def test_groups_are_for_engines_with_hidden_states_in_fp32(models: list[LocalModel]) -> None:
+    model = models[0]
+    assert model.layout.can_split
+    assert (model.layout.n_kv_heads, model.layout.mlp_columns) == (2, 64)
+    assert not LocalModel("calf", model.checkpoint, Engines("bf16")).layout.can_split
+
+
 def test_a_model_is_never_called_by_a_path(tmp_path: Path) -> None:
     path = write_tiny_gguf(tmp_path / "secret-folder-name.gguf")
     model = open_model(str(path), Engines("fp32"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from testbed.asker import Session, tokens_per_s
+from testbed.asker import tokens_per_s
 from testbed.figures import (
     Figures,
     Tried,
@@ -76,26 +76,14 @@ def test_a_percentile_of_one_value_is_that() -> None:
     assert percentile_90([0.0, 1.0]) == pytest.approx(0.9)
 
 
-def session(*came_at: float, n_tokens: int) -> Session:
-    return Session(
-        asked_at=0.0,
-        came_at=came_at,
-        text="",
-        n_tokens=n_tokens,
-        ttft_s=came_at[0],
-        tpot_s=1.0,
-        stages_s=1.0,
-        head_s=0.0,
-    )
-
-
 def test_speed_is_taken_while_all_sessions_decode() -> None:
-    # From 3 to 6: three tokens of one, and one and a half pieces' worth of two tokens of the other.
-    steady = session(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, n_tokens=6)
-    late = session(3.0, 4.5, 6.0, 7.5, n_tokens=8)
-    assert tokens_per_s([steady, late]) == pytest.approx((3 + 2 * 2) / 3)
+    # From 3 to 6: three pieces of one, and two of the other.
+    steady = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
+    late = (3.0, 4.5, 6.0, 7.5)
+    assert tokens_per_s([steady, late], 1.0) == pytest.approx(5 / 3)
+    assert tokens_per_s([steady, late], 1.2) == pytest.approx(2.0)
 
 
 def test_sessions_that_never_decode_together_have_no_speed() -> None:
     with pytest.raises(CoveyError, match="too short"):
-        tokens_per_s([session(1.0, 2.0, n_tokens=2), session(3.0, 4.0, n_tokens=2)])
+        tokens_per_s([(1.0, 2.0), (3.0, 4.0)], 1.0)
