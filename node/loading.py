@@ -8,9 +8,10 @@ is taken out of service and formed anew as long as the plan is wanted.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -143,10 +144,8 @@ class Loading:
         """
         self._links = state.links
         keep = {plan.digest for plan in wanted}
-        for digest, held in list(self._held.items()):
-            is_ours = held.route.plan.model_digest == model.digest
-            if is_ours and digest not in keep and not self._is_in_use(held):
-                await self._unload(held)
+        if await self._unload_others(model, keep):
+            gc.collect()  # weights are large and mapped, and what leads to them hangs in cycles
         for plan in wanted:
             known = self._held.get(plan.digest)
             if known is None and plan.digest not in self._failed and device is not None:
@@ -255,6 +254,19 @@ class Loading:
         self.groups.add(digest, stage, held.stage_idx, held.spoke, kv_tokens=kv_tokens)
         held.is_serving = True
         self._say_ready(held)
+
+    async def _unload_others(self, model: LocalModel, keep: Collection[str]) -> bool:
+        """Let go of parts of a model's other plans, unless they are in use; whether there were."""
+        over = [
+            held
+            for digest, held in self._held.items()
+            if held.route.plan.model_digest == model.digest
+            and digest not in keep
+            and not self._is_in_use(held)
+        ]
+        for held in over:
+            await self._unload(held)
+        return bool(over)
 
     async def _unload(self, held: Held) -> None:
         digest = held.route.digest
