@@ -9,7 +9,7 @@ KERNELS = $(VENV)/.kernels
 
 .PHONY: setup demo test test-lab test-arm lint format fuzz soak build clean \
     lab lab-nat lab-paths lab-swarm lab-links lab-plan lab-front lab-groups lab-tpi bench-pipeline bench-transport bench-engine \
-    bench-codecs bench-allreduce bench-window
+    bench-codecs bench-allreduce bench-window bench-plan
 
 MODEL ?= smollm2
 
@@ -125,6 +125,10 @@ bench-codecs: $(KERNELS)
 # Sums of a group on loopback, and of eight members on slow links. Needs what the labs need.
 bench-allreduce: $(KERNELS)
 	$(BIN)/python -m benchmarks.bench_allreduce
+
+# The planner's search against brute force, and its times; a few minutes.
+bench-plan: $(KERNELS)
+	$(BIN)/python -m benchmarks.bench_plan
 
 # A model of 2 GB under 600 MiB. Needs root and 6 GB of disk; installs accelerate at first use.
 bench-window: $(KERNELS)

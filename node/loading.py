@@ -31,7 +31,7 @@ from .engine.lease import LeaseTable
 from .engine.shard import Shard, Slice
 from .engine.stage import Stage
 from .errors import NodeError
-from .group.all_reduce import GroupLink
+from .group.all_reduce import GroupLink, Round
 from .group.forming import Formed, Groups, form_on
 from .group.spoke import Spoke
 from .group.stage import GroupStage
@@ -81,6 +81,12 @@ class Held:
     def stage(self) -> StagePlan:
         """The stage of the plan."""
         return self.route.stages[self.stage_idx]
+
+    @property
+    def rounds(self) -> Sequence[Round]:
+        """The last sums of the group that were added up here; none where there is no group."""
+        member = self.group or self.spoke
+        return () if member is None else member.rounds
 
     @property
     def role(self) -> Role:

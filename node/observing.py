@@ -6,7 +6,7 @@ stages took and what the links take. What is left, the others took, whatever the
 what is certain is held against anybody: half as much again for the links and a millisecond or more
 are taken off, a wait behind other sessions is believed up to the length of a step, and of the steps
 of a session one of the faster counts. Where a step passes several others, time that none of them
-owns up to is shared out by their blocks. Groups are left out: their hub waits for spokes.
+owns up to is shared out by their blocks. Groups are left out here: see `group_watch.py`.
 """
 
 from __future__ import annotations
@@ -100,9 +100,15 @@ class Observing:
         except PartitionError as error:
             logger.debug("a session says nothing of its members: %s", error)
             return
-        averages = self._averages(model.digest)
         slack_s = SLACK_S + SLACK_STEPS * state.claimed[self._own].step_s
-        for peer_id, ratio in slower_than_said(terms, self._own, steps, slack_s).items():
+        self.found(model, state, slower_than_said(terms, self._own, steps, slack_s))
+
+    def found(self, model: LocalModel, state: ModelState, ratios: Mapping[str, float]) -> None:
+        """A session, or a while in a group, has shown how many times slower than said some are."""
+        if not ratios:
+            return
+        averages = self._averages(model.digest)
+        for peer_id, ratio in ratios.items():
             decode_s = ratio * state.claimed[peer_id].decode_s_per_block
             self._add(averages, peer_id, min(max(decode_s, MIN_SECONDS), MAX_SECONDS))
         self._publish(model.digest, averages)

@@ -43,6 +43,7 @@ from .facts import own_card, relays_on_offer
 from .generation import Generator
 from .gossip import Gossip
 from .group.forming import lane_kinds
+from .group_watch import GroupWatch
 from .home import Home
 from .members import Members
 from .membership import (
@@ -176,6 +177,9 @@ class Node:
         )
         self.planning = Planning(self)
         self.observing = Observing(self.replica, self.peer_id, self.planning.state, clock=clock)
+        self.group_watch = GroupWatch(
+            self.peer_id, self.planning.loading, self.catalog, self.observing, self.planning.state
+        )
         self.generator = Generator(
             find_route=self._find_route,
             hold=self._hold,
@@ -235,6 +239,7 @@ class Node:
                 self.gossip.run,
                 self.discovery.run,
                 self.planning.run,
+                self.group_watch.run,
                 self.epochs.run,
                 self.control.run,
                 self._expire,

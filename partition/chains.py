@@ -50,11 +50,11 @@ def objectives(instance: Instance, chains: Chains) -> Floats:
     hubs = instance.hub[units]
     senders = np.concatenate([head[:, None], hubs[:, :-1]], axis=1)
     cuts = np.cumsum(n, axis=1) - n
-    latency_s = instance.latency_s[senders, hubs]
-    wire_s, chunk_wire_s = (
-        table[senders, hubs, cuts] for table in (instance.wire_s, instance.chunk_wire_s)
+    latency_s, wire_s, chunk_wire_s = (
+        table[senders, hubs, cuts]
+        for table in (instance.latency_s, instance.wire_s, instance.chunk_wire_s)
     )
-    back_s = instance.latency_s[hubs[:, -1], head]
+    back_s = instance.latency_s[hubs[:, -1], head, -1]
     back_wire_s = instance.wire_s[hubs[:, -1], head, -1]
     overhead_s = instance.overhead_s[units]
     is_first = np.arange(n.shape[1]) == 0

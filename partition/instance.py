@@ -46,9 +46,9 @@ class Instance:
     overhead_s: Floats  # [u] per step
     ends: Ints  # [u, b]: furthest end of a span that starts at b and fits
     head_ends: Ints  # [u, b]: the same of the first stage
-    latency_s: Floats  # [d, e]; inf: no link
+    latency_s: Floats  # [d, e, b] of one token, cut in front of b; inf: no link
     round_trip_s: Floats  # [d, e] of a short message; 0: no link
-    wire_s: Floats  # [d, e, b] of one token, cut in front of b
+    wire_s: Floats  # [d, e, b] of one token
     chunk_wire_s: Floats  # [d, e, b]
     #: [u, 2, start, n], as `Room.read_s`; None: everything is in memory.
     read_s: Floats | None
@@ -88,7 +88,9 @@ class Instance:
         blocks = np.arange(self.n_blocks + 1)
         caps = self.caps[0][:, None]
         has_even_room = (self.ends == np.minimum(blocks + caps, self.n_blocks)).all()
-        has_even_wire = (self.wire_s == self.wire_s[:, :, -1:]).all()
+        has_even_wire = all(
+            (table_s == table_s[:, :, -1:]).all() for table_s in (self.latency_s, self.wire_s)
+        )
         has_even_disks = self.read_s is None or self.read_s.shape[2] == 1
         return bool(has_even_room and has_even_wire and has_even_disks)
 
@@ -187,9 +189,9 @@ def _link_tables(
     request: Workload,
     index_pattern: str | None,
 ) -> tuple[Floats, Floats, Floats]:
-    """Latency [d, e], wire and chunk wire [d, e, b]; a device is at no distance from itself."""
+    """Latency, wire and chunk wire, [d, e, b] each; a device is at no distance from itself."""
     n, n_cuts = len(peers), layout.n_blocks + 1
-    latency_s = np.full((n, n), np.inf)
+    latency_s = np.full((n, n, n_cuts), np.inf)
     wire_s, chunk_wire_s = np.zeros((2, n, n, n_cuts))
     for d, sender in enumerate(peers):
         for e, receiver in enumerate(peers):
@@ -212,7 +214,7 @@ def _link_tables(
                 here = (
                     [n_bytes == token_bytes for n_bytes in cuts] if index_pattern else slice(None)
                 )
-                latency_s[d, e] = border.latency_s
+                latency_s[d, e, here] = border.latency_s
                 wire_s[d, e, here] = border.wire_s
                 chunk_wire_s[d, e, here] = border.chunk_wire_s
     return latency_s, wire_s, chunk_wire_s

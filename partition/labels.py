@@ -55,6 +55,7 @@ class BlockLabels:
     def __init__(self, instance: Instance, found: Sink) -> None:
         """What is found goes into `found`."""
         self._instance, self._found = instance, found
+        self._least_latency_s = instance.latency_s.min(axis=2)
         self._least_wire_s = instance.wire_s.min(axis=2)
         self._least_chunk_wire_s = instance.chunk_wire_s.min(axis=2)
 
@@ -87,6 +88,8 @@ class BlockLabels:
         n_rows = len(rows.head)
         cost = np.zeros((5, n_rows))
         cost[0] = cost[1] = self._instance.head_s[rows.head, 0]
+        hubs = self._instance.hub[rows.units]
+        cost[1] += self._instance.round_trip_s[rows.head[:, None], hubs].max(axis=1)
         cost[2] = self._instance.head_s[rows.head, rows.batch_idx]
         cost[3] = rows.least_s[1]
         cost[4] = np.maximum(rows.least_s[0], cost[2] / self._batch(rows))
@@ -125,7 +128,7 @@ class BlockLabels:
         hub = instance.hub[unit]
         sender = head if i == 0 else instance.hub[rows.units[row, i - 1]]
         batch = self._batch(rows)[row]
-        latency_s = instance.latency_s[sender, hub]
+        latency_s = instance.latency_s[sender, hub, block]
         wire_s = instance.wire_s[sender, hub, block]
         chunk_wire_s = instance.chunk_wire_s[sender, hub, block]
         overhead_s = instance.overhead_s[unit]
@@ -179,7 +182,7 @@ class BlockLabels:
         the units' overhead, the ways between them and back."""
         instance, (n_rows, k) = self._instance, rows.units.shape
         hubs = np.column_stack([rows.head, instance.hub[rows.units], rows.head])
-        latency_s = instance.latency_s[hubs[:, :-1], hubs[:, 1:]]
+        latency_s = self._least_latency_s[hubs[:, :-1], hubs[:, 1:]]
         wire_s = self._least_wire_s[hubs[:, :-1], hubs[:, 1:]]
         chunk_wire_s = self._least_chunk_wire_s[hubs[:, :-1], hubs[:, 1:]].copy()
         chunk_wire_s[:, -1] = wire_s[:, -1]  # one position of a prompt goes back

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .bounded import relative_gap, search_bounded
+from .bounded import search_bounded
 from .chains import Chain, Found
 from .codecs import codecs_for
 from .cost import Network, Terms, joint_prediction, price, reply_s
@@ -21,6 +21,7 @@ from .exact import search_exact
 from .instance import Instance, build_instance
 from .plan import Member, Pipeline, Prediction, Span, StagePlan, check_index_pattern
 from .profile import DeviceProfile, LinkProfile, ModelLayout, Workload
+from .relaxation import relative_gap
 from .replicas import side_by_side
 from .rooms import Resident, Streaming
 from .scope import Scope

@@ -24,7 +24,7 @@ class Tours:
     head: Ints  # [t]
     order: Ints  # [t, k]
     token_s: Floats  # [t, B]: all borders, of a whole batch
-    chunk_s: Floats  # [t]: a first chunk there, and the prompt's last token back
+    chunk_s: Floats  # [t]: opening, a first chunk there, and the prompt's last token back
     wire_s: Floats  # [t]: of the busiest link, per token
     chunk_wire_s: Floats  # [t]: of the busiest link there, per chunk
 
@@ -77,7 +77,7 @@ def _grown(instance: Instance, ways: _Ways, least_busy_s: float, least_chunk_s: 
     states, costs, orders = [], [], []
     for e in hubs:
         mask, last, head = ways.state
-        able = (mask >> e & 1 == 0) & np.isfinite(instance.latency_s[last, e])
+        able = (mask >> e & 1 == 0) & np.isfinite(instance.latency_s[last, e, -1])
         if instance.head_idx is None:
             able &= (mask != 0) | (head == e)  # the head is the first hub
         rows = np.flatnonzero(able)
@@ -89,7 +89,7 @@ def _grown(instance: Instance, ways: _Ways, least_busy_s: float, least_chunk_s: 
         costs.append(
             np.stack(
                 [
-                    latency_s + instance.latency_s[last, e],
+                    latency_s + instance.latency_s[last, e, -1],
                     wire_s + hop_s,
                     chunk_wire_s + chunk_hop_s,
                     np.maximum(np.maximum(busy_s, hop_s), least_busy_s),
@@ -111,10 +111,11 @@ def _grown(instance: Instance, ways: _Ways, least_busy_s: float, least_chunk_s: 
 def _closed(instance: Instance, ways: _Ways, least_busy_s: float) -> Tours:
     mask, last, head = ways.state
     latency_s, wire_s, chunk_wire_s, busy_s, chunk_busy_s = ways.cost
-    back_s, back_wire_s = instance.latency_s[last, head], instance.wire_s[last, head, -1]
+    back_s, back_wire_s = (table[last, head, -1] for table in (instance.latency_s, instance.wire_s))
+    open_s = instance.round_trip_s[head[:, None], ways.order].max(axis=1)
     batches = np.array(instance.batches)
     token_s = (latency_s + back_s)[:, None] + batches * (wire_s + back_wire_s)[:, None]
-    chunk_s = latency_s + chunk_wire_s + back_s + back_wire_s
+    chunk_s = open_s + latency_s + chunk_wire_s + back_s + back_wire_s
     busy_s = np.maximum(np.maximum(busy_s, back_wire_s), least_busy_s)
     able = np.flatnonzero(np.isfinite(back_s))
     key = mask[able] * instance.n_devices + head[able]

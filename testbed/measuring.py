@@ -28,13 +28,14 @@ MAX_ROUNDS = 3  # but not more often
 
 
 def predicted_and_measured(fleet: Fleet, plan: Plan) -> tuple[Figures, Figures]:
-    """Pin a plan and ask for texts where its first stage is; the first one is thrown away.
+    """Pin a plan and ask for texts where its first stage is; the first text is thrown away.
 
     Raises:
         CoveyError: it does not run, or not until the end.
     """
     apply(fleet, plan)
-    asker = fleet.askers[heads(plan)[0]]
+    # Of several pipelines a prediction for one session is of the quickest, asked for at its head.
+    asker = fleet.askers[max(heads(plan), key=lambda name: fleet.members[name].speed)]
     asker.session(WARM_PROMPT, WARM_TOKENS)
     until = time.monotonic() + ROUNDS_S
     foretold: list[Figures] = []

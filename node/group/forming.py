@@ -35,7 +35,7 @@ KINDS_VARIABLE = "COVEY_LANES"  # names the ways that lanes may take, with comma
 ASK_S = 10.0  # for one answer; the member may have to end a step first
 SUM_S = 20.0  # how much later than others a member may be: a chunk of a prompt on a slow device
 
-_SUM_CODECS: dict[str, SumCodec] = {name: name for name in get_args(SumCodec)}
+SUM_CODECS: dict[str, SumCodec] = {name: name for name in get_args(SumCodec)}
 
 
 def lane_kinds() -> tuple[LaneKind, ...]:
@@ -207,7 +207,7 @@ def _all_reduce(
         rank,
         stage.hub_idx,
         lanes,
-        _SUM_CODECS[stage.sum_codec],
+        SUM_CODECS[stage.sum_codec],
         n_members=len(stage.members),
         link=link,
         timeout_s=SUM_S,

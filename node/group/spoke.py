@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Sequence
 from time import perf_counter
 
 import numpy as np
@@ -17,7 +18,7 @@ from covey.node.engine.shard import Shard
 from covey.node.engine.stage import PAGE_TOKENS, Step
 from covey.transport.lane.errors import LaneTimeout
 
-from .all_reduce import AllReduce
+from .all_reduce import AllReduce, Round
 from .blocks import run_blocks
 from .codec import Floats
 from .commands import Close, Keep, Open, Run, Word, unpack
@@ -51,6 +52,12 @@ class Spoke:
     def leased_bytes(self) -> int:
         """Memory that the KV cache of the sessions may take."""
         return self.shard.kv_bytes_per_token * sum(list(self._sessions.values()))
+
+    @property
+    def rounds(self) -> Sequence[Round]:
+        """The last ones that were added up here, on the lanes of now."""
+        reduce = self._reduce
+        return () if reduce is None else list(reduce.rounds)
 
     @property
     def is_in_use(self) -> bool:

@@ -21,7 +21,7 @@ from covey.node.engine.shard import Shard
 from covey.node.engine.stage import PAGE_TOKENS, Step, StepResult
 from covey.node.engine.tensors import EngineDtype, HiddenStates, finite_rows
 
-from .all_reduce import AllReduce
+from .all_reduce import AllReduce, Round
 from .blocks import run_blocks
 from .codec import Floats
 from .commands import MAX_BODY_BYTES, MAX_STEPS, Close, Keep, Open, Rows, Run, pack
@@ -83,6 +83,12 @@ class GroupStage:
         self._why_broken = self._why_broken or reason
         if (reduce := self._reduce) is not None:
             reduce.close()
+
+    @property
+    def rounds(self) -> Sequence[Round]:
+        """The last ones, on the lanes of now."""
+        reduce = self._reduce
+        return () if reduce is None else list(reduce.rounds)
 
     def spread(self) -> float | None:
         """How far apart the members' parts are ready, as a share of a round; recent median."""
