@@ -242,12 +242,12 @@ class GroupStage:
             if self._reduce is before:
                 self._break(error.reason)
             raise
-        if self._reduce is not before or self.is_broken:
+        is_wanted = self._reduce is before
+        if is_wanted:  # and is closed by `give_up` from here on
+            self._reduce, self._epoch = made, -1
+        if not is_wanted or self.is_broken:
             made.close()
             raise GroupBroken(self._why_broken or "it was formed anew without its sessions")
-        self._reduce, self._epoch = made, -1
-        if self.is_broken:  # since we looked
-            made.close()
 
     def _break(self, reason: str) -> None:
         self.give_up(reason)
