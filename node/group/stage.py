@@ -232,15 +232,22 @@ class GroupStage:
             self.shard.close_session(session)
 
     def _form_anew(self) -> None:
-        if self._reduce is not None:
-            self._reduce.close()
+        """New lanes for what is under way, unless others have given the group up meanwhile."""
+        before = self._reduce
+        if before is not None:
+            before.close()
         try:
-            self._reduce, self._epoch = self._form(), -1
+            made = self._form()
         except GroupBroken as error:
-            self._break(error.reason)
+            if self._reduce is before:
+                self._break(error.reason)
             raise
-        if self._why_broken is not None:  # meanwhile; nobody else closes these lanes
-            self._reduce.close()
+        is_wanted = self._reduce is before
+        if is_wanted:  # and is closed by `give_up` from here on
+            self._reduce, self._epoch = made, -1
+        if not is_wanted or self.is_broken:
+            made.close()
+            raise GroupBroken(self._why_broken or "it was formed anew without its sessions")
 
     def _break(self, reason: str) -> None:
         self.give_up(reason)
