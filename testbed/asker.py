@@ -11,7 +11,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -57,8 +57,13 @@ class _Meeting:
         """The first piece of one of them has come."""
         with self._lock:
             self._n_missing -= 1
-            if not self._n_missing:
+            if self._n_missing == 0:
                 self.over_at = now + self._seconds
+
+    def give_up(self) -> None:
+        """One of them does not come: the others need not go on."""
+        with self._lock:
+            self._n_missing, self.over_at = -1, -math.inf
 
 
 class Asker:
@@ -144,6 +149,7 @@ class Asker:
         texts = [
             self._pool.submit(self._ask_until, prompt, max_tokens, meeting) for prompt in prompts
         ]
+        wait(texts)
         return [text.result() for text in texts]
 
     def _words(self, n_prompt: int) -> list[int]:
@@ -153,13 +159,17 @@ class Asker:
         self, prompt: list[int], max_tokens: int, meeting: _Meeting
     ) -> tuple[float, ...]:
         came_at: list[float] = []
-        with self._stream(prompt, max_tokens) as stream:
-            for _ in stream:
-                came_at.append(time.monotonic())
-                if len(came_at) == 1:
-                    meeting.join(came_at[0])
-                if came_at[-1] > meeting.over_at:
-                    break
+        try:
+            with self._stream(prompt, max_tokens) as stream:
+                for _ in stream:
+                    came_at.append(time.monotonic())
+                    if len(came_at) == 1:
+                        meeting.join(came_at[0])
+                    if came_at[-1] > meeting.over_at:
+                        break
+        except CoveyError:
+            meeting.give_up()
+            raise
         if not came_at:
             raise CoveyError("a text without a single piece came")
         return tuple(came_at)

@@ -13,8 +13,6 @@ from benchmarks.synthetic import SHAPES, synthetic
 
 from .fleet import Member
 
-MB = 1 << 20
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
@@ -31,13 +29,11 @@ def _case(devices: str, links: str, **options: object) -> Case:
     if len(presets) == 1:
         presets *= len(kinds)
     caps = options.pop("max_blocks", None)
-    memory = options.pop("memory", None)
     members = tuple(
-        Member(kind=kind, link=link, memory=memory, max_blocks=caps)  # type: ignore[arg-type]
+        Member(kind=kind, link=link, max_blocks=caps)  # type: ignore[arg-type]
         for kind, link in zip(kinds, presets, strict=True)
     )
     forced = "" if caps is None else f", {caps} blocks each"
-    forced += "" if memory is None else f", {memory // MB} MB each"  # type: ignore[operator]
     model = options.get("model", "smollm2")
     named_model = "" if model == "smollm2" else f"{model}, "
     name = f"{named_model}{'+'.join(kinds)}, {'+'.join(dict.fromkeys(presets))}{forced}"
@@ -64,7 +60,7 @@ CASES = (
     # From here on nobody can hold all of it.
     _case("laptop pi5", "ethernet", model="tp-512.Q4_0", max_blocks=20),
     _case("desktop laptop pi5 pi4", "ethernet", model="tp-512.Q4_0", max_blocks=14),
-    _case("laptop pi5 pi5", "ethernet good-wifi bad-wifi", memory=110 * MB),
+    _case("laptop pi5 pi5", "ethernet good-wifi bad-wifi", max_blocks=20),
     _case("desktop laptop", "paretopipe", max_blocks=20),
 )
 

@@ -7,9 +7,11 @@ the nodes know by then, and the medians of both sides are compared.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from statistics import median
 
 from covey.cli.child import wait_for
+from covey.client import ServerBusy
 from covey.errors import CoveyError
 
 from .asker import Asker, Session, tokens_per_s
@@ -45,9 +47,7 @@ def predicted_and_measured(fleet: Fleet, plan: Plan) -> tuple[Figures, Figures]:
         alone.append(asker.session(PROMPT, _bounded(TEXT_S / foretold[-1].tpot_s)))
     full = _predicted(asker, plan)
     step_s = SESSIONS / full.tokens_per_s
-    together = asker.together(
-        PROMPT, SESSIONS, seconds=max(FULL_S, MIN_TOKENS * step_s), max_tokens=CONTEXT - PROMPT
-    )
+    together = _together(asker, max(FULL_S, MIN_TOKENS * step_s))
     n_pieces = sum(len(session.came_at) for session in alone)
     measured = Figures(
         ttft_s=median(session.ttft_s for session in alone),
@@ -60,6 +60,17 @@ def predicted_and_measured(fleet: Fleet, plan: Plan) -> tuple[Figures, Figures]:
         tokens_per_s=full.tokens_per_s,
     )
     return predicted, measured
+
+
+def _together(asker: Asker, seconds: float) -> list[tuple[float, ...]]:
+    """All sessions at once, as long as there is room for; else shorter ones.
+
+    A session has room for all tokens that it may come to, and beside a plan that was there before
+    a tight memory has not all the room that was planned.
+    """
+    with suppress(ServerBusy):
+        return asker.together(PROMPT, SESSIONS, seconds=seconds, max_tokens=CONTEXT - PROMPT)
+    return asker.together(PROMPT, SESSIONS, seconds=seconds, max_tokens=MAX_TOKENS)
 
 
 def chosen(fleet: Fleet) -> Plan:
