@@ -72,7 +72,7 @@ def test_the_front_of_four_devices_is_what_brute_force_finds(seed: int) -> None:
     assert objectives_of(front_of(question)) == brute_force(question)
 
 
-@pytest.mark.parametrize("seed", range(6000, 6020))
+@pytest.mark.parametrize("seed", range(6000, 6014))
 def test_where_memory_is_short_no_more_streams_than_brute_force_has_to(seed: int) -> None:
     question, random = random_question(seed, max_devices=3, max_blocks=5), Random(seed)
     short = tuple(replace(one, memory_bytes=random.randint(100, 600)) for one in question.devices)
@@ -81,7 +81,7 @@ def test_where_memory_is_short_no_more_streams_than_brute_force_has_to(seed: int
     assert objectives_of(front) == brute_force(question, may_stream=True)
 
 
-@pytest.mark.parametrize("seed", range(7000, 7020))
+@pytest.mark.parametrize("seed", range(7000, 7012))
 def test_next_to_no_pipelines_side_by_side_do_more_than_the_front(seed: int) -> None:
     drawn = random_question(seed, max_devices=3, max_blocks=5)
     request = replace(drawn.request, n_sessions=(2, 4, 5, 8)[seed % 4])
@@ -112,7 +112,7 @@ def test_boxes_find_what_trying_every_order_does(seed: int) -> None:
     assert [point for point, _ in found.front] == expected
 
 
-@pytest.mark.parametrize("seed", range(3000, 3020))
+@pytest.mark.parametrize("seed", range(3000, 3010))
 def test_no_plan_is_below_the_bound_and_a_bounded_search_finds_plans_above_it(seed: int) -> None:
     instance = instance_of(random_question(seed, max_devices=5, max_blocks=12))
     if not instance.units:
@@ -130,7 +130,7 @@ def test_no_plan_is_below_the_bound_and_a_bounded_search_finds_plans_above_it(se
         assert best <= near <= best * (1 + relative_gap(instance, some)) * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("seed", range(4000, 4030))
+@pytest.mark.parametrize("seed", range(4000, 4015))
 def test_every_plan_covers_the_model_fits_and_is_not_dominated(seed: int) -> None:
     question = random_question(seed, max_devices=5, max_blocks=20)
     front = front_of(question)
@@ -155,7 +155,7 @@ def test_every_plan_covers_the_model_fits_and_is_not_dominated(seed: int) -> Non
         )
 
 
-@pytest.mark.parametrize("seed", range(5000, 5015))
+@pytest.mark.parametrize("seed", range(5000, 5008))
 def test_the_order_of_profiles_does_not_matter(seed: int) -> None:
     question, random = random_question(seed, max_devices=5, max_blocks=12), Random(seed)
     devices, links = list(question.devices), list(question.links)
