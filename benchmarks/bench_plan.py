@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 
+from covey.partition.advice.presets import DEVICE_CLASSES, LINK_CLASSES, scaled, typical_device
 from covey.partition.errors import PlanInfeasible
-from covey.partition.presets import DEVICE_CLASSES, LINK_CLASSES, scaled, typical_device
+from covey.partition.front.search import Front
 from covey.partition.profile import DeviceProfile, LinkProfile, ModelLayout, Workload
 from covey.partition.scope import EVERYTHING, Scope
-from covey.partition.search import Front
 
 from .plan_oracle import Question, brute_force, random_question
 from .rows import Row, report

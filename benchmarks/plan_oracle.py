@@ -14,11 +14,11 @@ from random import Random
 from covey.partition.codecs import codecs_for
 from covey.partition.cost import Network, Terms, held_bytes, joint_prediction, misfits, price
 from covey.partition.errors import PlanInfeasible
+from covey.partition.front.search import Front, pareto_front
 from covey.partition.group import group_term
 from covey.partition.plan import Member, Span, StagePlan
 from covey.partition.profile import DeviceProfile, LinkProfile, ModelLayout, Workload
 from covey.partition.scope import Scope
-from covey.partition.search import Front, pareto_front
 
 MAX_MEMBERS = 4
 

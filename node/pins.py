@@ -17,6 +17,7 @@ from msgspec import Meta
 from covey.partition.codecs import codecs_for
 from covey.partition.errors import InvalidPlan, PartitionError
 from covey.partition.evaluate import World, evaluate
+from covey.partition.front.search import Candidate
 from covey.partition.group import group_term
 from covey.partition.memory import block_cap, member_bytes
 from covey.partition.network import Network
@@ -31,7 +32,6 @@ from covey.partition.plan import (
     StagePlan,
     check_pipelines,
 )
-from covey.partition.search import Candidate
 from covey.store.schema import MAX_VERSION, Pin
 from covey.store.views import Authored, Views
 

@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from covey.partition.advice.explain import BoundKind, compare, explain, verdict
+from covey.partition.advice.improve import Improvement, improvements, replanned
+from covey.partition.advice.left_out import why_left_out
 from covey.partition.choose import Choice, Limits, Prefer, choose_within, cost
 from covey.partition.errors import PartitionError
 from covey.partition.evaluate import World, evaluate, front_or_reason
-from covey.partition.explain import BoundKind, compare, explain, verdict
-from covey.partition.improve import Improvement, improvements, replanned
-from covey.partition.left_out import why_left_out
+from covey.partition.front.search import Candidate, Front
 from covey.partition.plan import Pipeline, Prediction
-from covey.partition.search import Candidate, Front
 
 from .pins import Pinned, pipelines_value
 from .planning_state import ModelState, Outlook

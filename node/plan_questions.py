@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from covey.partition.advice.what_if import BadChange, Hardware, changed, parse_changes
 from covey.partition.evaluate import World
-from covey.partition.what_if import BadChange, Hardware, changed, parse_changes
 
 from .errors import InvalidRequest
 from .plan_facts import Question

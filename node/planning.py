@@ -25,9 +25,9 @@ from covey.partition.activation import (
 from covey.partition.choose import choose
 from covey.partition.errors import PartitionError
 from covey.partition.evaluate import World, adjusted, front_or_reason
+from covey.partition.front.search import Candidate, Front
 from covey.partition.plan import LayerPlan, make_plan
 from covey.partition.profile import DeviceProfile, Workload
-from covey.partition.search import Candidate, Front
 from covey.store.replica import Replica
 from covey.store.schema import ProfileRecord
 from covey.store.views import Views

@@ -14,10 +14,10 @@ from typing import Any
 
 from covey.partition.errors import PartitionError
 from covey.partition.evaluate import World
+from covey.partition.front.search import Front
 from covey.partition.observed import Observation, corrected
 from covey.partition.plan import LayerPlan, PlanLimits
 from covey.partition.profile import DeviceProfile, LinkProfile, Workload
-from covey.partition.search import Front
 from covey.store.schema import Pin, PlanRecord, ProfileRecord
 from covey.store.views import Authored, Views
 

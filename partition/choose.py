@@ -15,9 +15,9 @@ from typing import Literal
 from .bounds import check_real
 from .cost import predict_all, reply_s
 from .errors import PartitionError
+from .front.search import Candidate, Front
 from .plan import MAX_FIGURE, LayerPlan, Prediction
 from .profile import REPLY_TOKENS, DeviceProfile, LinkProfile, ModelLayout
-from .search import Candidate, Front
 
 Prefer = Literal["latency", "throughput", "balanced"]
 

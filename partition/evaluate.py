@@ -9,12 +9,12 @@ from .balance import rebalanced
 from .codecs import codecs_for
 from .cost import predict_all
 from .errors import PartitionError
+from .front.search import Candidate, Front, pareto_front
 from .memory import block_cap
 from .network import Network
 from .plan import Pipeline
 from .profile import DeviceProfile, LinkProfile, ModelLayout, Workload
 from .scope import EVERYTHING, Scope
-from .search import Candidate, Front, pareto_front
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

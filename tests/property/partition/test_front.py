@@ -9,18 +9,18 @@ from random import Random
 import pytest
 from benchmarks.plan_oracle import Question, brute_force, random_question, side_by_side
 
-from covey.partition import exact
-from covey.partition.bounded import search_bounded
-from covey.partition.chains import Found
 from covey.partition.cost import Network
-from covey.partition.dominance import Objectives
 from covey.partition.errors import PlanInfeasible
-from covey.partition.exact import search_exact
-from covey.partition.instance import Instance, build_instance
-from covey.partition.relaxation import balanced, least_balanced, relative_gap
+from covey.partition.front import exact
+from covey.partition.front.bounded import search_bounded
+from covey.partition.front.chains import Found
+from covey.partition.front.dominance import Objectives
+from covey.partition.front.exact import search_exact
+from covey.partition.front.instance import Instance, build_instance
+from covey.partition.front.relaxation import balanced, least_balanced, relative_gap
+from covey.partition.front.search import Front
+from covey.partition.front.unit_sets import unit_sets
 from covey.partition.scope import Scope
-from covey.partition.search import Front
-from covey.partition.unit_sets import unit_sets
 
 PIPELINES = Scope(max_pipelines=1, may_stream=False)
 EFFORT = 1_000_000

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from covey.partition.activation import should_replace, transfer_s
 from covey.partition.choose import choose, cost, priced
+from covey.partition.front.search import pareto_front
 from covey.partition.plan import LayerPlan, make_plan
 from covey.partition.profile import DeviceProfile, LinkProfile
 from covey.partition.scope import CHAINS
-from covey.partition.search import pareto_front
 from support.plans import MODEL, device, layout, link
 
 NOISE = 0.05

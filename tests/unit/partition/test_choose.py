@@ -18,8 +18,8 @@ from covey.partition.choose import (
     score,
 )
 from covey.partition.errors import InvalidPlan
+from covey.partition.front.search import Candidate, Front
 from covey.partition.plan import Pipeline, Prediction, StagePlan
-from covey.partition.search import Candidate, Front
 from support.plans import device, layout, link, plan
 
 DEVICES = [device("a"), device("b")]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 
+from covey.partition.advice.explain import Explanation, explain
 from covey.partition.cost import predict
 from covey.partition.evaluate import World
-from covey.partition.explain import Explanation, explain
+from covey.partition.front.search import Candidate, Front, pareto_front
 from covey.partition.plan import Pipeline
 from covey.partition.profile import LinkProfile, Workload
 from covey.partition.scope import CHAINS
-from covey.partition.search import Candidate, Front, pareto_front
 from support.plans import device, layout, link, stages
 
 DEVICES = {"a": device("a"), "b": device("b")}

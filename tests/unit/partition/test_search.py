@@ -8,10 +8,10 @@ from itertools import combinations
 import pytest
 
 from covey.partition.errors import InvalidPlan, PlanInfeasible
+from covey.partition.front.search import Front, pareto_front
 from covey.partition.plan import border_bytes_per_token
 from covey.partition.profile import Workload
 from covey.partition.scope import CHAINS
-from covey.partition.search import Front, pareto_front
 from support.plans import device, layout, link, stages
 
 

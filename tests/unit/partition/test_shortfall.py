@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from covey.partition.advice.shortfall import infeasible, streaming_bytes, why_no_single
 from covey.partition.profile import Workload
-from covey.partition.shortfall import infeasible, streaming_bytes, why_no_single
 from support.plans import device, layout
 
 BIG = layout(4, block_bytes=(1_000_000,) * 4, head_weights=500_000)

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from covey.partition.profile import REPLY_TOKENS
+
 from .chains import Chain, Chains, objectives
 from .exact import search_exact
 from .instance import Bools, Floats, Instance, Ints
-from .profile import REPLY_TOKENS
 
 ALL_SETS_OF = 8  # devices
 GOOD_ENOUGH = 1.01  # a pipeline that is to go with others need not be the best to the last percent

@@ -9,8 +9,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from .network import Network
-from .profile import BATCHES, MAX_SECONDS, MIN_SECONDS, DeviceProfile, LinkProfile, ModelLayout
+from covey.partition.network import Network
+from covey.partition.profile import (
+    BATCHES,
+    MAX_SECONDS,
+    MIN_SECONDS,
+    DeviceProfile,
+    LinkProfile,
+    ModelLayout,
+)
 
 GIB = 1 << 30
 USABLE_MEMORY = 0.75  # of a machine's; the rest is its system's

@@ -18,13 +18,20 @@ from itertools import combinations
 
 import numpy as np
 
-from .group import SUM_CODEC, group_term
-from .memory import block_cap
-from .network import Network
-from .plan import Member, Span, StagePlan
-from .profile import DeviceProfile, ModelLayout, Workload
+from covey.partition.group import SUM_CODEC, group_term
+from covey.partition.memory import block_cap
+from covey.partition.network import Network
+from covey.partition.plan import Member, Span, StagePlan
+from covey.partition.profile import DeviceProfile, ModelLayout, Workload
+from covey.partition.speed import (
+    Steps,
+    block_step_s,
+    block_steps_s,
+    chunk_s_per_block,
+    step_overhead_s,
+)
+
 from .rooms import Room, Rooms
-from .speed import Steps, block_step_s, block_steps_s, chunk_s_per_block, step_overhead_s
 
 ALL_GROUPS_OF = 8  # devices; of more not every group is looked at, see `_likely`
 

@@ -13,11 +13,12 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from .codecs import codec_for
-from .cost import Network, head_steps_s, token_bytes_at
-from .profile import STEP_BATCHES, DeviceProfile, ModelLayout, Workload
+from covey.partition.codecs import codec_for
+from covey.partition.cost import Network, head_steps_s, token_bytes_at
+from covey.partition.profile import STEP_BATCHES, DeviceProfile, ModelLayout, Workload
+from covey.partition.speed import block_steps_s, chunk_s_per_block
+
 from .rooms import Resident, Streaming
-from .speed import block_steps_s, chunk_s_per_block
 from .units import Unit, has_all_groups, units_of
 
 Floats = npt.NDArray[np.float64]

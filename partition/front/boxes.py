@@ -22,11 +22,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from covey.partition.speed import GRID_S
+
 from .chains import Chains, Sink, fits
 from .filling import caps_within, filled
 from .instance import Bools, Floats, Instance, Ints
 from .labels import BlockLabels, Rows
-from .speed import GRID_S
 
 _SLICE = 1 << 16  # boxes in one go
 NEAR = 2.0  # upper over lower end of small boxes that are finished together

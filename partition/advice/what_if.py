@@ -12,8 +12,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from covey.errors import CoveyError
+from covey.partition.errors import PartitionError
+from covey.partition.profile import MAX_BYTES, DeviceProfile, LinkProfile, ModelLayout
 
-from .errors import PartitionError
 from .presets import (
     DEVICE_CLASSES,
     GIB,
@@ -22,7 +23,6 @@ from .presets import (
     scaled,
     typical_device,
 )
-from .profile import MAX_BYTES, DeviceProfile, LinkProfile, ModelLayout
 
 MAX_ADDED = 16  # devices in one question
 

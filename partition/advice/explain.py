@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from .choose import Prefer, choose, cost
-from .cost import Network, StageTerm, Terms, price_all, reply_s, shared_sessions
-from .evaluate import World
-from .plan import Prediction
-from .profile import REPLY_TOKENS
-from .search import Candidate, Front
+from covey.partition.choose import Prefer, choose, cost
+from covey.partition.cost import Network, StageTerm, Terms, price_all, reply_s, shared_sessions
+from covey.partition.evaluate import World
+from covey.partition.front.search import Candidate, Front
+from covey.partition.plan import Prediction
+from covey.partition.profile import REPLY_TOKENS
 
 NOTABLE = 0.02  # smaller differences are called equal; profiles are no better than this
 

@@ -11,21 +11,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from covey.partition.advice.shortfall import infeasible, why_no_single
+from covey.partition.codecs import codecs_for
+from covey.partition.cost import Network, Terms, joint_prediction, price, reply_s
+from covey.partition.errors import InvalidPlan
+from covey.partition.plan import Member, Pipeline, Prediction, Span, StagePlan, check_index_pattern
+from covey.partition.profile import DeviceProfile, LinkProfile, ModelLayout, Workload
+from covey.partition.scope import Scope
+
 from .bounded import search_bounded
 from .chains import Chain, Found
-from .codecs import codecs_for
-from .cost import Network, Terms, joint_prediction, price, reply_s
 from .dominance import front_of
-from .errors import InvalidPlan
 from .exact import search_exact
 from .instance import Instance, build_instance
-from .plan import Member, Pipeline, Prediction, Span, StagePlan, check_index_pattern
-from .profile import DeviceProfile, LinkProfile, ModelLayout, Workload
 from .relaxation import relative_gap
 from .replicas import side_by_side
 from .rooms import Resident, Streaming
-from .scope import Scope
-from .shortfall import infeasible, why_no_single
 
 EXACT_DEVICES = 12
 MAX_DEVICES = 64  # considered at all, the fastest first; a set of devices is a 64-bit number

@@ -9,10 +9,16 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 
-from .errors import PlanInfeasible
-from .memory import WINDOW_BLOCKS, block_cap, head_bytes, kv_bytes_per_block, stage_bytes
-from .plan import Span
-from .profile import DeviceProfile, ModelLayout, Workload
+from covey.partition.errors import PlanInfeasible
+from covey.partition.memory import (
+    WINDOW_BLOCKS,
+    block_cap,
+    head_bytes,
+    kv_bytes_per_block,
+    stage_bytes,
+)
+from covey.partition.plan import Span
+from covey.partition.profile import DeviceProfile, ModelLayout, Workload
 
 LEAST_CONTEXT = 256  # tokens of a session; with less there is nothing to plan for
 

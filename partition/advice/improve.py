@@ -13,13 +13,14 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from .choose import Prefer, choose, cost
-from .errors import PartitionError
-from .evaluate import World, evaluate
-from .plan import Prediction
+from covey.partition.choose import Prefer, choose, cost
+from covey.partition.errors import PartitionError
+from covey.partition.evaluate import World, evaluate
+from covey.partition.front.search import Candidate, pareto_front
+from covey.partition.plan import Prediction
+from covey.partition.profile import DeviceProfile
+
 from .presets import WIRED, DirectedLinks, scaled
-from .profile import DeviceProfile
-from .search import Candidate, pareto_front
 
 FASTER = 2.0  # "a device twice as fast"
 MORE_MEMORY = 2

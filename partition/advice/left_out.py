@@ -11,14 +11,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .choose import Prefer, cost
-from .codecs import codecs_for
-from .errors import PartitionError
-from .evaluate import World, evaluate, is_held
-from .memory import block_cap, kv_bytes_per_block
-from .network import Network
-from .plan import Pipeline, Span, StagePlan
-from .search import Candidate
+from covey.partition.choose import Prefer, cost
+from covey.partition.codecs import codecs_for
+from covey.partition.errors import PartitionError
+from covey.partition.evaluate import World, evaluate, is_held
+from covey.partition.front.search import Candidate
+from covey.partition.memory import block_cap, kv_bytes_per_block
+from covey.partition.network import Network
+from covey.partition.plan import Pipeline, Span, StagePlan
 
 Reason = Literal["used", "no_blocks", "memory", "no_link", "costs", "no_place"]
 Names = Mapping[str, str]

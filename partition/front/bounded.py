@@ -15,10 +15,11 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from covey.partition.profile import REPLY_TOKENS
+
 from .chains import Chains, Found, fits, objectives
 from .filling import caps_within, filled
 from .instance import Instance, Ints
-from .profile import REPLY_TOKENS
 from .relaxation import limits_s
 
 _LEVELS = 12  # limits at first

@@ -13,12 +13,13 @@ import math
 
 import numpy as np
 
+from covey.partition.profile import REPLY_TOKENS
+
 from .chains import Chains, Found, objectives
 from .dominance import Objectives
 from .exact import least_busy_s
 from .filling import caps_within
 from .instance import Floats, Instance, Ints
-from .profile import REPLY_TOKENS
 
 _STEPS = 40  # limits at first
 _FINER = 8  # in each step that may hold the least, again and again

@@ -8,10 +8,10 @@ from typing import Protocol
 
 import numpy as np
 
-from .memory import block_cap, head_bytes, kv_bytes_per_block, weight_share
-from .plan import Member, Span
-from .profile import DeviceProfile, ModelLayout, Workload
-from .window import Floats, Holder, Ints, Spans
+from covey.partition.memory import block_cap, head_bytes, kv_bytes_per_block, weight_share
+from covey.partition.plan import Member, Span
+from covey.partition.profile import DeviceProfile, ModelLayout, Workload
+from covey.partition.window import Floats, Holder, Ints, Spans
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""The search for the front: which plans are worth having."""
