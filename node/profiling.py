@@ -28,8 +28,9 @@ from .home import Home
 from .model.sampling import Sampler, SamplingParams
 from .overhead import step_overhead_s
 
-MEASURES = 3  # counts what is measured here, and how: figures of another are not used
-MEASURED_BYTES = 16 << 20  # of blocks: enough that no step is over in no time
+MEASURES = 4  # counts what is measured here, and how: figures of another are not used
+MANY_BYTES = 64 << 20  # of blocks: more than most caches hold
+FEW_BYTES = 8 << 20  # enough that no step is over in no time
 MIN_BLOCKS = 2
 SPARE_MEMORY = 0.7  # of what is free now: the machine has an owner who uses it
 BLOCKS_BUDGET_S = 1.5
@@ -79,18 +80,21 @@ def _recall(value: object, model: LocalModel) -> DeviceProfile | None:
 
 def _measure(model: LocalModel, peer_id: str, progress: Progress) -> DeviceProfile:
     checkpoint = model.checkpoint
-    span = (0, _n_measured(model))
-    stage = model.load_stage(span, on_block=lambda done, of: progress(0.3 * done / of))
+    stage = model.load_stage(
+        (0, _n_measured(model, MANY_BYTES)), on_block=lambda done, of: progress(0.3 * done / of)
+    )
+    few = model.load_stage((0, _n_measured(model, FEW_BYTES)))
     blocks = measure_blocks(
         stage,
+        few,
         context_length=checkpoint.config.context_length,
         batches=BATCHES,
         budget_s=BLOCKS_BUDGET_S,
         progress=lambda share: progress(0.3 + 0.5 * share),
     )
-    step_s = step_overhead_s(stage)
+    step_s = step_overhead_s(model.load_stage((0, 1)))
     progress(0.85)
-    head_s, *batch_head_s = (seconds + step_s for seconds in _head_times(model, stage))
+    head_s, *batch_head_s = (seconds + step_s for seconds in _head_times(model, few))
     progress(0.95)
     return DeviceProfile(
         peer_id=peer_id,
@@ -110,10 +114,10 @@ def _measure(model: LocalModel, peer_id: str, progress: Progress) -> DeviceProfi
     )
 
 
-def _n_measured(model: LocalModel) -> int:
+def _n_measured(model: LocalModel, n_bytes: int) -> int:
     n_blocks = model.checkpoint.config.n_blocks
     largest = max(model.layout.block_bytes)
-    return min(n_blocks, max(MIN_BLOCKS, -(-MEASURED_BYTES // largest)))
+    return min(n_blocks, max(MIN_BLOCKS, -(-n_bytes // largest)))
 
 
 def _head_times(model: LocalModel, stage: Stage) -> list[float]:
@@ -129,8 +133,9 @@ def _head_times(model: LocalModel, stage: Stage) -> list[float]:
     def work(n: int) -> Callable[[], object]:
         return lambda: sample_all(model, [wish] * n)
 
+    cool = cold_caches()
     times = time_in_turn(
-        {n: work(n) for n in (1, *BATCHES)}, budget_s=HEAD_BUDGET_S, before=cold_caches()
+        {n: work(n) for n in (1, *BATCHES)}, budget_s=HEAD_BUDGET_S, before=lambda _: cool()
     )
     return rising([times[n] for n in (1, *BATCHES)])
 

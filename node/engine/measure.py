@@ -5,9 +5,10 @@ figure is the median of rounds that take each kind of step in turn, so that a ma
 down or gets busy meanwhile spoils all of them alike; one sample is the mean of some steps, because
 a paced engine (`kernels/pacer.py`) makes up in one step for what it slept too long in another.
 
-Every step begins with cold caches. In use, a token passes all blocks of a span and the head before
-it comes to the first block again, and few devices have caches for so much; but the few blocks that
-are timed fit those of a desktop, and would seem up to a third faster.
+In use, a token passes all blocks of a span and the head before it comes to the first block again,
+and few devices have caches for so much. Decode is therefore timed on so many blocks that they fit
+no cache. Chunks of a prompt, and what depth adds, take too long there: these are timed on a few
+blocks, which would fit a desktop's cache, with cold caches before each step.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .stage import Stage, Step
 from .tensors import NUMPY_DTYPES, HiddenStates
 
 EVICTED_BYTES = 64 << 20  # read before each timed step: more than most caches hold
-SHALLOW = 16  # positions behind which decode is timed, on its own and in batches
+SHALLOW = 4  # positions behind which decode is timed, on its own and in batches
 SAMPLE_S = 0.02  # what one sample should last at least,
 MAX_STEPS = 8  # in not more steps than that
 MIN_ROUNDS, MAX_ROUNDS = 2, 7
@@ -56,20 +57,20 @@ def time_in_turn(
     works: Mapping[K, Callable[[], object]],
     *,
     budget_s: float,
-    before: Callable[[], object] = lambda: None,
+    before: Callable[[K], object] = lambda _: None,
     progress: Progress = lambda _: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[K, float]:
     """Median seconds of each of `works`, taken in turn until `budget_s` is over.
 
     Each is done once more before, to warm up; there are `MIN_ROUNDS` whatever they take. `before`
-    is called ahead of each time that one is done, and not timed.
+    is called with its key ahead of each time that one is done, and not timed.
     """
 
-    def sample(work: Callable[[], object], n_steps: int) -> float:
-        took_s = 0.0
+    def sample(key: K, n_steps: int) -> float:
+        took_s, work = 0.0, works[key]
         for _ in range(n_steps):
-            before()
+            before(key)
             began_at = clock()
             work()
             took_s += clock() - began_at
@@ -77,13 +78,13 @@ def time_in_turn(
 
     began_at = clock()
     n_steps: dict[K, int] = {}
-    for key, work in works.items():
-        first_s = sample(work, 1)
+    for key in works:
+        first_s = sample(key, 1)
         n_steps[key] = max(1, min(MAX_STEPS, round(SAMPLE_S / max(first_s, 1e-9))))
     samples: dict[K, list[float]] = {key: [] for key in works}
     for n_rounds in range(1, MAX_ROUNDS + 1):
-        for key, work in works.items():
-            samples[key].append(sample(work, n_steps[key]))
+        for key in works:
+            samples[key].append(sample(key, n_steps[key]))
         spent_s = clock() - began_at
         progress(min(1.0, max(n_rounds / MAX_ROUNDS, spent_s / max(budget_s, 1e-9))))
         if n_rounds >= MIN_ROUNDS and spent_s >= budget_s:
@@ -93,6 +94,7 @@ def time_in_turn(
 
 def measure_blocks(
     stage: Stage,
+    few: Stage,
     *,
     context_length: int,
     batches: Sequence[int] = (2, 4, 8),
@@ -101,10 +103,11 @@ def measure_blocks(
     progress: Progress = lambda _: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> BlockTimes:
-    """Time `stage` on chunks and on single tokens; leaves no session behind.
+    """Time single tokens on `stage`, chunks on `few`; leaves no session behind.
 
     Args:
         stage: any engine's; of so many blocks that they do not fit the CPU's cache.
+        few: the same engine's, of a few blocks; may be `stage` itself.
         context_length: of the model; nothing is timed beyond it.
         batches: sizes of batches, rising.
         chunks: tokens of prefill chunks, rising.
@@ -113,22 +116,25 @@ def measure_blocks(
         clock: seconds, monotonic.
     """
     chunks = [n_tokens for n_tokens in chunks if n_tokens <= context_length] or [context_length]
-    bench = _Bench(stage, max(batches), max(chunks), min(SHALLOW, context_length - 1))
+    cool = cold_caches()
+    bench = _Bench(stage, few, max(batches), max(chunks), min(SHALLOW, context_length - 1))
     try:
         depth = bench.dig(context_length, clock)
         progress(0.2)
         took_s = time_in_turn(
             bench.works(batches, chunks),
             budget_s=budget_s,
-            before=cold_caches(),
+            before=lambda name: None if name[0] == "decode" else cool(),
             progress=lambda share: progress(0.2 + 0.8 * share),
             clock=clock,
         )
     finally:
         bench.close()
-    n_blocks = stage.span[1] - stage.span[0]
-    per_block = {name: seconds / n_blocks for name, seconds in took_s.items()}
-    gained = per_block["deep", 1] - per_block["decode", 1]
+    per_block = {
+        name: seconds / _n_blocks(stage if name[0] == "decode" else few)
+        for name, seconds in took_s.items()
+    }
+    gained = per_block["deep", 1] - per_block["shallow", 1]
     depth_s = max(0.0, gained / max(1, depth - bench.shallow))
     # What the few positions before the timed ones take is left out, but no more than half.
     attention_s = depth_s * bench.shallow
@@ -144,6 +150,10 @@ def measure_blocks(
         depth_s=depth_s,
         prefill_s=tuple((n_tokens, per_block["prefill", n_tokens]) for n_tokens in chunks),
     )
+
+
+def _n_blocks(stage: Stage) -> int:
+    return stage.span[1] - stage.span[0]
 
 
 def cold_caches() -> Callable[[], object]:
@@ -168,20 +178,23 @@ def rising(values: Sequence[float]) -> list[float]:
 class _Bench:
     """Sessions to take steps in: some shallow ones, one that is filled, one that gets deep."""
 
-    def __init__(self, stage: Stage, n_sessions: int, chunk: int, shallow: int) -> None:
+    def __init__(self, stage: Stage, few: Stage, n_sessions: int, chunk: int, shallow: int) -> None:
         self.shallow = shallow
-        self._stage = stage
+        self._stage, self._few = stage, few
         # Zeros would be honest too on a CPU without denormals; ones are on all.
         one = np.float32(1.0).view(np.uint32) >> 16 if stage.dtype == "bf16" else 1.0
         self._rows: HiddenStates = np.full(
             (max(chunk, shallow), stage.hidden_size), one, NUMPY_DTYPES[stage.dtype]
         )
         self._names = [f"measure-{idx}" for idx in range(n_sessions)]
-        self._filled, self._deep, self._depth = "measure-chunk", "measure-deep", 0
+        self._shallow, self._filled = "measure-shallow", "measure-chunk"
+        self._deep, self._depth = "measure-deep", 0
         for name in self._names:
             stage.open_session(name, shallow + 1)
             stage.forward(name, 0, self._rows[:shallow])
-        stage.open_session(self._filled, chunk)
+        few.open_session(self._shallow, shallow + 1)
+        few.forward(self._shallow, 0, self._rows[:shallow])
+        few.open_session(self._filled, chunk)
 
     def works(
         self, batches: Sequence[int], chunks: Sequence[int]
@@ -190,6 +203,7 @@ class _Bench:
         return {
             **{("decode", n): self._decode(n) for n in (1, *batches)},
             **{("prefill", n): self._prefill(n) for n in chunks},
+            ("shallow", 1): lambda: self._few.forward(self._shallow, self.shallow, self._rows[:1]),
             ("deep", 1): self._decode_deep,
         }
 
@@ -201,16 +215,18 @@ class _Bench:
         self._prefill(chunk)()
         most = chunk * FILL_S / max(clock() - began_at, 1e-9)
         depth = next((n for n in DEPTHS if n <= min(room, most)), min(DEPTHS[-1], room))
-        self._stage.open_session(self._deep, depth + 1)
+        self._few.open_session(self._deep, depth + 1)
         for position in range(0, depth, chunk):
-            self._stage.forward(self._deep, position, self._rows[: min(chunk, depth - position)])
+            self._few.forward(self._deep, position, self._rows[: min(chunk, depth - position)])
         self._depth = depth
         return depth
 
     def close(self) -> None:
         """Leave no session behind."""
-        for name in (*self._names, self._filled, self._deep):
+        for name in self._names:
             self._stage.close_session(name)
+        for name in (self._shallow, self._filled, self._deep):
+            self._few.close_session(name)
 
     def _decode(self, n: int) -> Callable[[], object]:
         row, names = self._rows[:1], self._names[:n]
@@ -218,7 +234,7 @@ class _Bench:
         return lambda: self._stage.forward_batch(steps)
 
     def _decode_deep(self) -> object:
-        return self._stage.forward(self._deep, self._depth, self._rows[:1])
+        return self._few.forward(self._deep, self._depth, self._rows[:1])
 
     def _prefill(self, n_tokens: int) -> Callable[[], object]:
-        return lambda: self._stage.forward(self._filled, 0, self._rows[:n_tokens])
+        return lambda: self._few.forward(self._filled, 0, self._rows[:n_tokens])

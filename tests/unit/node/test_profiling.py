@@ -121,8 +121,8 @@ def test_what_comes_before_each_step_is_not_timed() -> None:
     times = time_in_turn(
         {"work": lambda: take("work", 0.5)},
         budget_s=0.0,
-        before=lambda: take("before", 100.0),
+        before=lambda key: take(f"before {key}", 100.0),
         clock=lambda: now[0],
     )
     assert times == {"work": 0.5}
-    assert order == ["before", "work"] * (len(order) // 2)
+    assert order == ["before work", "work"] * (len(order) // 2)

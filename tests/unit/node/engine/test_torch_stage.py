@@ -236,7 +236,7 @@ def test_measuring_leaves_no_session_and_takes_medians(stage: Stage) -> None:
     ticks = iter(float(second) for second in range(10_000))
     shares: list[float] = []
     times = measure_blocks(
-        stage, context_length=512, clock=lambda: next(ticks), progress=shares.append
+        stage, stage, context_length=512, clock=lambda: next(ticks), progress=shares.append
     )
     # A fake clock that gains a second per reading, so each sample is one step of a second.
     assert times.decode_s == pytest.approx(1 / 2)
@@ -246,13 +246,13 @@ def test_measuring_leaves_no_session_and_takes_medians(stage: Stage) -> None:
     assert times.depth_s == 0.0
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
-    for name in ("measure-0", "measure-chunk", "measure-deep"):
+    for name in ("measure-0", "measure-shallow", "measure-chunk", "measure-deep"):
         with pytest.raises(UnknownSession):
             stage.forward(name, 0, np.zeros((1, 32), NUMPY_DTYPES[stage.dtype]))
 
 
 def test_a_model_with_little_context_is_measured_within_it(stage: Stage) -> None:
-    times = measure_blocks(stage, context_length=24, budget_s=0.0)
+    times = measure_blocks(stage, stage, context_length=24, budget_s=0.0)
     assert [n_tokens for n_tokens, _ in times.prefill_s] == [16]
     assert times.decode_s > 0
 
