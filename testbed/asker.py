@@ -135,22 +135,11 @@ class Asker:
             prompt = self._words(n_prompt)
         return self._pool.submit(self._ask, list(prompt), n_tokens)
 
-    def together(
-        self, n_prompt: int, n_sessions: int, *, seconds: float, max_tokens: int
-    ) -> list[tuple[float, ...]]:
-        """Several texts at once, ended when all of them have come for so many seconds.
-
-        Returns:
-            For each of them the instants when its pieces came; the last ones are later than that
-            unless a text had all its tokens before.
-        """
-        meeting = _Meeting(n_sessions, seconds)
-        prompts = [self._words(n_prompt) for _ in range(n_sessions)]
-        texts = [
-            self._pool.submit(self._ask_until, prompt, max_tokens, meeting) for prompt in prompts
-        ]
-        wait(texts)
-        return [text.result() for text in texts]
+    def begin_until(
+        self, n_prompt: int, max_tokens: int, meeting: _Meeting
+    ) -> Future[tuple[float, ...]]:
+        """Begin a text that ends when all of a meeting have come for long enough."""
+        return self._pool.submit(self._ask_until, self._words(n_prompt), max_tokens, meeting)
 
     def _words(self, n_prompt: int) -> list[int]:
         return [self._random.choice(WORDS) for _ in range(n_prompt)]
@@ -193,6 +182,26 @@ class Asker:
 
     def _on_machine(self, job: Callable[[], T]) -> T:
         return self._pool.submit(job).result()
+
+
+def together(
+    askers: Sequence[Asker], n_prompt: int, n_sessions: int, *, seconds: float, max_tokens: int
+) -> list[tuple[float, ...]]:
+    """Several texts at once, ended when all of them have come for so many seconds.
+
+    They are asked for at each of `askers` in turn.
+
+    Returns:
+        For each of them the instants when its pieces came; the last ones are later than that
+        unless a text had all its tokens before.
+    """
+    meeting = _Meeting(n_sessions, seconds)
+    texts = [
+        askers[idx % len(askers)].begin_until(n_prompt, max_tokens, meeting)
+        for idx in range(n_sessions)
+    ]
+    wait(texts)
+    return [text.result() for text in texts]
 
 
 def _session(

@@ -7,6 +7,7 @@ the nodes know by then, and the medians of both sides are compared.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from statistics import median
 
@@ -14,7 +15,7 @@ from covey.cli.child import wait_for
 from covey.client import ServerBusy
 from covey.errors import CoveyError
 
-from .asker import Asker, Session, tokens_per_s
+from .asker import Asker, Session, together, tokens_per_s
 from .figures import Figures
 from .fleet import CONTEXT, SESSIONS, Fleet
 from .plans import Plan, apply, heads, shape
@@ -37,7 +38,9 @@ def predicted_and_measured(fleet: Fleet, plan: Plan) -> tuple[Figures, Figures]:
     """
     apply(fleet, plan)
     # Of several pipelines a prediction for one session is of the quickest, asked for at its head.
-    asker = fleet.askers[max(heads(plan), key=lambda name: fleet.members[name].speed)]
+    by_speed = sorted(heads(plan), key=lambda name: -fleet.members[name].speed)
+    askers = [fleet.askers[name] for name in by_speed]
+    asker = askers[0]
     asker.session(WARM_PROMPT, WARM_TOKENS)
     until = time.monotonic() + ROUNDS_S
     foretold: list[Figures] = []
@@ -47,12 +50,12 @@ def predicted_and_measured(fleet: Fleet, plan: Plan) -> tuple[Figures, Figures]:
         alone.append(asker.session(PROMPT, _bounded(TEXT_S / foretold[-1].tpot_s)))
     full = _predicted(asker, plan)
     step_s = SESSIONS / full.tokens_per_s
-    together = _together(asker, max(FULL_S, MIN_TOKENS * step_s))
+    came_at = _together(askers, max(FULL_S, MIN_TOKENS * step_s))
     n_pieces = sum(len(session.came_at) for session in alone)
     measured = Figures(
         ttft_s=median(session.ttft_s for session in alone),
         tpot_s=median(session.tpot_s for session in alone),
-        tokens_per_s=tokens_per_s(together, sum(session.n_tokens for session in alone) / n_pieces),
+        tokens_per_s=tokens_per_s(came_at, sum(session.n_tokens for session in alone) / n_pieces),
     )
     predicted = Figures(
         ttft_s=median(figures.ttft_s for figures in foretold),
@@ -62,15 +65,18 @@ def predicted_and_measured(fleet: Fleet, plan: Plan) -> tuple[Figures, Figures]:
     return predicted, measured
 
 
-def _together(asker: Asker, seconds: float) -> list[tuple[float, ...]]:
+def _together(askers: Sequence[Asker], seconds: float) -> list[tuple[float, ...]]:
     """All sessions at once, as long as there is room for; else shorter ones.
+
+    They are asked for at the head of each pipeline in turn, since that is what is predicted: one
+    machine that asked for all of them would have to do the heads' own work of all.
 
     A session has room for all tokens that it may come to, and beside a plan that was there before
     a tight memory has not all the room that was planned.
     """
     with suppress(ServerBusy):
-        return asker.together(PROMPT, SESSIONS, seconds=seconds, max_tokens=CONTEXT - PROMPT)
-    return asker.together(PROMPT, SESSIONS, seconds=seconds, max_tokens=MAX_TOKENS)
+        return together(askers, PROMPT, SESSIONS, seconds=seconds, max_tokens=CONTEXT - PROMPT)
+    return together(askers, PROMPT, SESSIONS, seconds=seconds, max_tokens=MAX_TOKENS)
 
 
 def chosen(fleet: Fleet) -> Plan:
