@@ -22,19 +22,21 @@ from .catalog import LocalModel
 from .config import NodeConfig
 from .disk import disk_read_speed
 from .engine.measure import Progress, cold_caches, measure_blocks, rising, time_in_turn
-from .engine.stage import Stage
+from .engine.shard import Slice
+from .engine.stage import Stage, Step
 from .head_batch import NextToken, sample_all
 from .home import Home
 from .model.sampling import Sampler, SamplingParams
 from .overhead import step_overhead_s
 
-MEASURES = 4  # counts what is measured here, and how: figures of another are not used
+MEASURES = 5  # counts what is measured here, and how: figures of another are not used
 MANY_BYTES = 64 << 20  # of blocks: more than most caches hold
 FEW_BYTES = 8 << 20  # enough that no step is over in no time
 MIN_BLOCKS = 2
 SPARE_MEMORY = 0.7  # of what is free now: the machine has an owner who uses it
 BLOCKS_BUDGET_S = 1.5
 HEAD_BUDGET_S = 0.5
+SPLIT_BUDGET_S = 0.3
 BUSY_LOOK_S = 0.15
 
 
@@ -111,7 +113,40 @@ def _measure(model: LocalModel, peer_id: str, progress: Progress) -> DeviceProfi
         depth_s_per_block=blocks.depth_s,
         prefill_s_per_block=blocks.prefill_s,
         step_s=step_s,
+        split_s_per_block=_split_s_per_block(model, few),
     )
+
+
+def _split_s_per_block(model: LocalModel, few: Stage) -> float:
+    """What a token's block takes longer in two halves, as members of groups run it, sums apart."""
+    layout, session = model.layout, "measure-split"
+    if not layout.can_split:
+        return 0.0
+    whole = Slice((0, layout.n_kv_heads), (0, layout.mlp_columns))
+    shard = model.load_shard(few.span, whole)
+    row = model.head.embed([0])
+    step = Step(session, 0, row)
+
+    def in_halves() -> None:
+        shard.begin([step])
+        for block_idx in range(*shard.span):
+            shard.attention(block_idx, row)
+            shard.mlp(block_idx, row)
+        shard.end(is_done=True)
+
+    cool = cold_caches()
+    for each in (few, shard):
+        each.open_session(session, 1)
+    try:
+        times = time_in_turn(
+            {"whole": lambda: few.forward(session, 0, row), "halves": in_halves},
+            budget_s=SPLIT_BUDGET_S,
+            before=lambda _: cool(),
+        )
+    finally:
+        for each in (few, shard):
+            each.close_session(session)
+    return max(0.0, times["halves"] - times["whole"]) / (shard.span[1] - shard.span[0])
 
 
 def _n_measured(model: LocalModel, n_bytes: int) -> int:
