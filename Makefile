@@ -95,9 +95,10 @@ lab-links: $(KERNELS)
 lab-plan: $(KERNELS)
 	$(BIN)/python -m testbed plan
 
-# One front, predicted and measured, as a picture; four minutes.
+# One front, predicted and measured, as a picture; four minutes. CASE is one of lab-plan's.
+CASE ?= 4
 lab-front: $(KERNELS)
-	$(BIN)/python -m testbed front --plot front.svg
+	$(BIN)/python -m testbed front --case $(CASE) --plot front.svg
 
 # Blocks shared out over two to four devices: speed over one of them, and the same text.
 lab-groups: $(KERNELS)
