@@ -23,6 +23,7 @@ from covey.partition.activation import (
     valid_proposals,
 )
 from covey.partition.choose import choose
+from covey.partition.cost import predict_all
 from covey.partition.errors import PartitionError
 from covey.partition.evaluate import World, adjusted, front_or_reason
 from covey.partition.front.search import Candidate, Front
@@ -227,7 +228,7 @@ class Planning:
         live = self._node.live_peers()
         valid = valid_proposals(state.plans, model.layout, state.devices, state.ready)
         active = active_plan(valid, state.ready, live, model.layout, state.devices, state.links)
-        self._set_route(model, active)
+        self._set_route(model, active, state)
         await self._load_and_unload(model, valid, state, active, live)
         if should_propose(
             self._node.peer_id,
@@ -254,7 +255,7 @@ class Planning:
         now = self._node.clock()
         return now - self._uncovered_since.setdefault(model.digest, now)
 
-    def _set_route(self, model: LocalModel, active: LayerPlan | None) -> None:
+    def _set_route(self, model: LocalModel, active: LayerPlan | None, state: ModelState) -> None:
         known = self.route(model.digest)
         if active is None:
             if self._routes.pop(model.digest, None) is not None:
@@ -276,7 +277,31 @@ class Planning:
             return
         spans = [route.spans for route in routes]
         logger.info("plan of %s is active: %s", model.name, spans)
-        self._routes[model.digest] = routes
+        self._routes[model.digest] = self._timed(routes, model, state)
+
+    def _timed(
+        self, routes: tuple[Route, ...], model: LocalModel, state: ModelState
+    ) -> tuple[Route, ...]:
+        """The routes with what a token takes on each, asked for here; as they are if unknown."""
+        if len(routes) == 1:
+            return routes
+        try:
+            predictions = [
+                predict_all(
+                    [route.plan.pipelines[route.pipeline_idx]],
+                    model.layout,
+                    state.devices.values(),
+                    state.links,
+                    head=self._node.peer_id,
+                )
+                for route in routes
+            ]
+        except PartitionError:  # this node has no profile, or no link to one of them
+            return routes
+        return tuple(
+            replace(route, token_s=prediction.tpot_s)
+            for route, prediction in zip(routes, predictions, strict=True)
+        )
 
     async def _load_and_unload(
         self,

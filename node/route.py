@@ -42,6 +42,7 @@ class Route:
     codecs: tuple[Codec, ...]  # one per border, head to head
     engine: EngineKind
     dtype: EngineDtype  # of its hidden states
+    token_s: float = 1.0  # of a session alone, asked for here; only to choose between pipelines by
 
     @classmethod
     def of(cls, plan: LayerPlan, pipeline_idx: int = 0) -> Route:

@@ -48,3 +48,18 @@ async def test_of_two_that_are_idle_ones_own_is_taken() -> None:
     async with Net(3) as [_, _, b]:
         routes = replicas()
         assert b.pipelines.pick(routes, b.peers.keys() | {B}).peers == (B,)
+
+
+@in_virtual_time
+async def test_a_pipeline_three_times_as_slow_gets_every_fourth_session() -> None:
+    async with Net(3) as [head, *stages]:
+        fast, slow = replicas()
+        routes = replace(fast, token_s=0.1), replace(slow, token_s=0.29)
+        for node, route in zip(stages, routes, strict=True):
+            node.load(route)
+        taken = []
+        for n in range(4):
+            route = head.pipelines.pick(routes, head.peers.keys())
+            await head.pipelines.open(f"s{n}", route, hidden_size=HIDDEN, n_tokens=4)
+            taken.append(route.pipeline_idx)
+        assert taken == [0, 0, 1, 0]
