@@ -91,7 +91,7 @@ lab-links: $(KERNELS)
 	$(BIN)/python -m testbed links
 
 # Twenty mixes of devices and links: what plans were predicted to do, what they do, and what other
-# systems' rules would have made of the same machines. About 25 minutes, on a quiet machine.
+# systems' rules would have made of the same machines. About 35 minutes, on a quiet machine.
 lab-plan: $(KERNELS)
 	$(BIN)/python -m testbed plan
 

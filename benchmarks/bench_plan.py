@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 
-from covey.partition.advice.presets import DEVICE_CLASSES, LINK_CLASSES, scaled, typical_device
+from covey.partition.advice.presets import DEVICE_CLASSES, LINK_CLASSES, typical_device
 from covey.partition.errors import PlanInfeasible
 from covey.partition.front.search import Front
+from covey.partition.observed import slowed
 from covey.partition.profile import DeviceProfile, LinkProfile, ModelLayout, Workload
 from covey.partition.scope import EVERYTHING, Scope
 
@@ -97,7 +98,7 @@ def household(seed: int, n_devices: int, layout: ModelLayout = LLAMA_70B) -> Que
     for idx in range(n_devices):
         kind = DEVICE_CLASSES[random.choice(list(DEVICE_CLASSES))]
         typical = typical_device(kind, f"p{idx:02}", layout, engine="native", step_s=3e-4)
-        unlike = scaled(typical, speed=random.uniform(1 - UNLIKE, 1 + UNLIKE))
+        unlike = slowed(typical, 1.0 / random.uniform(1 - UNLIKE, 1 + UNLIKE))
         devices.append(replace(unlike, split_s_per_block=2e-5))
     is_wired = [random.random() < WIRED_SHARE for _ in devices]
     links: list[LinkProfile] = []

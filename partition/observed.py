@@ -73,12 +73,12 @@ def corrected(claimed: DeviceProfile, observations: Sequence[Observation]) -> De
 
 
 def slowed(device: DeviceProfile, factor: float) -> DeviceProfile:
-    """A device that takes `factor` times as long for everything it computes."""
+    """A device that takes `factor` times as long for everything it computes; below 1, is faster."""
     if factor == 1.0:
         return device
 
     def times(seconds: float) -> float:
-        return min(seconds * factor, MAX_SECONDS)
+        return min(max(seconds * factor, MIN_SECONDS), MAX_SECONDS) if seconds else 0.0
 
     return replace(
         device,

@@ -17,10 +17,11 @@ from covey.partition.choose import Prefer, choose, cost
 from covey.partition.errors import PartitionError
 from covey.partition.evaluate import World, evaluate
 from covey.partition.front.search import Candidate, pareto_front
+from covey.partition.observed import slowed
 from covey.partition.plan import Prediction
 from covey.partition.profile import DeviceProfile
 
-from .presets import WIRED, DirectedLinks, scaled
+from .presets import WIRED, DirectedLinks
 
 FASTER = 2.0  # "a device twice as fast"
 MORE_MEMORY = 2
@@ -135,7 +136,7 @@ def _part_changes(candidate: Candidate, world: World) -> Iterator[_Change]:
         if any(links.is_below(WIRED, peer, other) for other in others):
             better = links.improved(WIRED, peer, others)
             yield _Change(kind="wire", peers=(peer,), world=replace(world, links=better))
-        device = scaled(world.devices[peer], speed=FASTER)
+        device = slowed(world.devices[peer], 1.0 / FASTER)
         yield _Change(kind="speed", peers=(peer,), world=_with(world, device))
 
 

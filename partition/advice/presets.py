@@ -160,28 +160,6 @@ def typical_device(
     )
 
 
-def scaled(device: DeviceProfile, *, speed: float) -> DeviceProfile:
-    """A device that does everything `speed` times as fast; its memory stays."""
-
-    def faster(seconds: float) -> float:
-        return _bounded(seconds / speed)
-
-    return replace(
-        device,
-        decode_s_per_block=faster(device.decode_s_per_block),
-        prefill_s_per_token_per_block=faster(device.prefill_s_per_token_per_block),
-        head_s=faster(device.head_s),
-        batch_decode_s_per_block=tuple(map(faster, device.batch_decode_s_per_block)),
-        batch_head_s=tuple(map(faster, device.batch_head_s)),
-        depth_s_per_block=device.depth_s_per_block / speed,
-        prefill_s_per_block=tuple(
-            (n_tokens, faster(seconds)) for n_tokens, seconds in device.prefill_s_per_block
-        ),
-        step_s=device.step_s / speed,
-        split_s_per_block=device.split_s_per_block / speed,
-    )
-
-
 class DirectedLinks:
     """Measured links, with some of them made better or replaced."""
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from covey.errors import CoveyError
 from covey.partition.errors import PartitionError
+from covey.partition.observed import slowed
 from covey.partition.profile import MAX_BYTES, DeviceProfile, LinkProfile, ModelLayout
 
 from .presets import (
@@ -20,7 +21,6 @@ from .presets import (
     GIB,
     LINK_CLASSES,
     LinkClass,
-    scaled,
     typical_device,
 )
 
@@ -253,7 +253,7 @@ def _new_name(called: str, taken: Collection[str]) -> str:
 
 def _resized(device: DeviceProfile, memory_bytes: int | None, speed: float) -> DeviceProfile:
     if speed != 1.0:
-        device = scaled(device, speed=speed)
+        device = slowed(device, 1.0 / speed)
     return device if memory_bytes is None else replace(device, memory_bytes=memory_bytes)
 
 

@@ -60,19 +60,6 @@ async def test_what_comes_while_the_worker_is_busy_joins_the_batch_that_waits_fo
 
 
 @in_virtual_time
-async def test_what_joins_a_batch_as_it_begins_has_waited_for_no_time_and_not_for_less() -> None:
-    worker = InlineWorker()
-    worker.is_held = True
-    it = Doubler(worker)
-    first = it.batcher.submit("a", 1)
-    await asyncio.sleep(0.01)  # longer than the worker says that its job waited
-    second = it.batcher.submit("b", 2)
-    worker.release()
-    assert (await first).queue_s >= 0.0
-    assert (await second).queue_s == 0.0
-
-
-@in_virtual_time
 async def test_a_step_waits_a_little_for_the_other_sessions_of_the_moment() -> None:
     it = Doubler(InlineWorker())
     await asyncio.gather(it.alone("a", 1), it.alone("b", 2))

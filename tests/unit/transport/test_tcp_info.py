@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import socket
-import sys
-
-import pytest
 
 from covey.transport.tcp_info import tcp_packets
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
 def test_packets_of_a_connection_are_counted() -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as server,
